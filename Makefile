@@ -1,0 +1,37 @@
+# Each target sets itself up: .venv is made when it is missing. LORA_FUSE_VENV names another place for it.
+VENV ?= $(or $(LORA_FUSE_VENV),.venv)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CSRC := $(wildcard csrc/*)
+
+.PHONY: demo test test-all lint types bench clean install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(CSRC)
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
+	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --constraint constraints.txt torch
+	PIP_CONSTRAINT= $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/lora-fuse demo
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(PY) -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.bench_multi_lora
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache lora_fuse/_cpu*.so

@@ -1,0 +1,106 @@
+"""The slots of one layer: every adapter's factors, a row per rank, where the kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ROW_ALIGN_BYTES = 64
+
+
+def _padded(rows: int, cols: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Zeros ``[rows, cols]`` whose row stride is a multiple of 64 bytes."""
+    per_line = max(1, _ROW_ALIGN_BYTES // dtype.itemsize)
+    stride = -(-cols // per_line) * per_line
+    return torch.zeros(rows, stride, dtype=dtype, device=device)[:, :cols]
+
+
+class AdapterPool(nn.Module):
+    """Slots for up to ``num_slots`` adapters of one layer.
+
+    ``pool_a [num_slots * max_rank, in_features]`` and ``pool_b [num_slots * max_rank, out_features]`` (B transposed): slot
+    ``s`` owns rows ``s * max_rank`` to ``s * max_rank + slot_rank[s]``, one contiguous run. ``slot_rank`` (int32) and
+    ``slot_scaling`` (float32) have an entry per slot. All four are non-persistent buffers: they follow ``.to()``,
+    stay out of the state dict, and ``slot_scaling`` stays float32 whatever the pool's dtype.
+    """
+
+    pool_a: Tensor
+    pool_b: Tensor
+    slot_rank: Tensor
+    slot_scaling: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_rank: int,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_slots, self.max_rank = num_slots, max_rank
+        self.in_features, self.out_features = in_features, out_features
+        rows = num_slots * max_rank
+        self.register_buffer("pool_a", _padded(rows, in_features, dtype, device), persistent=False)
+        self.register_buffer("pool_b", _padded(rows, out_features, dtype, device), persistent=False)
+        self.register_buffer("slot_rank", torch.zeros(num_slots, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("slot_scaling", torch.zeros(num_slots, device=device), persistent=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(pool_a, pool_b, slot_rank, slot_scaling)``, as ``functional.multi_lora`` reads them."""
+        buffers = self._buffers
+        return buffers["pool_a"], buffers["pool_b"], buffers["slot_rank"], buffers["slot_scaling"]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def write(self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
+        """Fill a slot.
+
+        Args:
+            slot: index in ``[0, num_slots)``.
+            lora_a: ``[rank, in_features]``, rank at most ``max_rank``; cast to the pool's dtype.
+            lora_b: ``[out_features, rank]``.
+            scaling: multiplies the product.
+        Raises:
+            ValueError: slot out of range, rank above ``max_rank``, or shapes that do not fit the layer.
+        """
+        rank = lora_a.shape[0]
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot: {slot} is out of range, this pool has slots 0 to {self.num_slots - 1}")
+        if rank > self.max_rank:
+            raise ValueError(f"rank: {rank} exceeds this pool's max_rank {self.max_rank}")
+        want = (rank, self.in_features), (self.out_features, rank)
+        if (tuple(lora_a.shape), tuple(lora_b.shape)) != want:
+            raise ValueError(
+                f"lora_a, lora_b: expected shapes {want[0]} and {want[1]}, "
+                f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+            )
+        start = slot * self.max_rank
+        self.slot_rank[slot] = 0  # a reader that came too early sees an empty slot, not half of one
+        self.pool_a[start : start + rank].copy_(lora_a)
+        self.pool_b[start : start + rank].copy_(lora_b.t())
+        self.slot_scaling[slot] = scaling
+        self.slot_rank[slot] = rank
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Empty a slot: rank 0, no work."""
+        self.slot_rank[slot] = 0
+        self.slot_scaling[slot] = 0.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scaling = self.slot_scaling
+        super()._apply(fn, recurse)
+        self.slot_scaling = scaling.to(self.slot_rank.device)  # moved, never cast
+        for name in ("pool_a", "pool_b"):  # a cast or a move may have dropped the padding of the rows
+            t = getattr(self, name)
+            if t.shape[0] > 1 and t.stride(0) * t.element_size() % _ROW_ALIGN_BYTES and t.device.type != "meta":
+                setattr(self, name, _padded(t.shape[0], t.shape[1], t.dtype, t.device).copy_(t))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"slots={self.num_slots}, max_rank={self.max_rank}, in={self.in_features}, out={self.out_features}"

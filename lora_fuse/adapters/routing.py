@@ -1,0 +1,131 @@
+"""Routing: which rows of a batch use which slots, with which weights. Built once per forward, shared by all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """(row, slot, weight) triples sorted by slot, then row.
+
+    A *pair* is one (row, slot); a row may have several (a weighted mix) or none (base).
+
+    Args:
+        rows: ``[num_pairs]`` int32, the row of each pair.
+        weights: ``[num_pairs]`` float32, or None when every weight is 1.
+        segment_starts: ``[num_slots + 1]`` int32; slot ``s`` owns pairs ``segment_starts[s]:segment_starts[s + 1]``.
+        row_starts: ``[num_rows + 1]`` int32 and
+        row_pairs: ``[num_pairs]`` int32: the pairs of each row; both None when no row has more than one pair.
+        num_rows: rows of the flattened activation ``[num_rows, features]``.
+        leases: whatever must stay alive while this routing is in use (slots are reused when nothing holds them).
+    """
+
+    rows: Tensor
+    weights: Tensor | None
+    segment_starts: Tensor
+    row_starts: Tensor | None
+    row_pairs: Tensor | None
+    num_rows: int
+    leases: tuple[Any, ...] = ()
+
+    @property
+    def num_pairs(self) -> int:
+        return int(self.rows.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.segment_starts.shape[0]) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def pair_slots(self) -> Tensor:
+        """``[num_pairs]`` int64, the slot of each pair."""
+        counts = self.segment_starts.diff()
+        slots = torch.arange(self.num_slots, device=self.device)
+        return torch.repeat_interleave(slots, counts, output_size=self.num_pairs)
+
+    @classmethod
+    def from_slots(cls, slots: Tensor, num_slots: int, leases: tuple[Any, ...] = ()) -> Routing:
+        """One slot per row; -1 means none.
+
+        Args:
+            slots: ``[num_rows]``, any integer dtype; values in ``[-1, num_slots)``.
+            num_slots: slots of the pools this will be used with.
+        Raises:
+            ValueError: a value out of range (the first offender is named).
+        """
+        if slots.dim() != 1 or slots.dtype.is_floating_point or slots.dtype in (torch.bool, torch.complex64):
+            raise ValueError(f"slots: expected a 1-d integer tensor, got {slots.dtype} with shape {tuple(slots.shape)}")
+        num_rows = slots.shape[0]
+        slots = slots.long()
+        if num_rows:
+            low, high = torch.aminmax(slots)
+            if int(low) < -1 or int(high) >= num_slots:
+                bad = int(((slots < -1) | (slots >= num_slots)).nonzero()[0])
+                raise ValueError(
+                    f"slots: row {bad} asks for slot {int(slots[bad])}, accepted are -1 (base) to {num_slots - 1}"
+                )
+        order = torch.argsort(slots, stable=True)
+        num_base = (slots < 0).sum() if num_rows else 0
+        rows = order[int(num_base) :].int()
+        counts = torch.bincount(slots[rows.long()], minlength=num_slots)
+        return cls(rows, None, _starts(counts), None, None, num_rows, leases)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        rows: Tensor,
+        slots: Tensor,
+        weights: Tensor | None,
+        num_rows: int,
+        num_slots: int,
+        leases: tuple[Any, ...] = (),
+    ) -> Routing:
+        """Any set of (row, slot, weight) triples; a row may appear several times.
+
+        Args:
+            rows, slots: ``[num_pairs]`` integers in ``[0, num_rows)`` and ``[0, num_slots)``.
+            weights: ``[num_pairs]`` floating, or None for ones.
+        Raises:
+            ValueError: lengths differ, or a value is out of range.
+        """
+        rows, slots = rows.long(), slots.long()
+        if rows.shape != slots.shape or rows.dim() != 1 or (weights is not None and weights.shape != rows.shape):
+            shapes = [tuple(t.shape) for t in (rows, slots, weights) if t is not None]
+            raise ValueError(f"rows, slots, weights: expected one length, got shapes {shapes}")
+        if rows.numel():
+            if int(rows.min()) < 0 or int(rows.max()) >= num_rows:
+                raise ValueError(f"rows: values must be in [0, {num_rows}), got {int(rows.min())} to {int(rows.max())}")
+            if int(slots.min()) < 0 or int(slots.max()) >= num_slots:
+                raise ValueError(
+                    f"slots: values must be in [0, {num_slots}), got {int(slots.min())} to {int(slots.max())}"
+                )
+        order = torch.argsort(slots * max(num_rows, 1) + rows, stable=True)
+        rows, slots = rows[order], slots[order]
+        per_row = torch.bincount(rows, minlength=num_rows)
+        row_starts = row_pairs = None
+        if rows.numel() and int(per_row.max()) > 1:
+            row_starts, row_pairs = _starts(per_row), torch.argsort(rows, stable=True).int()
+        return cls(
+            rows.int(),
+            None if weights is None else weights[order].float(),
+            _starts(torch.bincount(slots, minlength=num_slots)),
+            row_starts,
+            row_pairs,
+            num_rows,
+            leases,
+        )
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Exclusive prefix sum with the total appended, int32."""
+    starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, out=starts[1:], dtype=torch.int32) if counts.shape[0] else None
+    return starts

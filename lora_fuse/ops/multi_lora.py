@@ -1,0 +1,101 @@
+"""The op ``lora_fuse::multi_lora``: schema, fake, CPU, other devices, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fuse.ops._library import LIBRARY
+
+_POOL = "Tensor pool_a, Tensor pool_b, Tensor slot_rank, Tensor slot_scaling"
+_ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
+LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}) -> Tensor")
+LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> ()")
+
+
+def _composite_(
+    out: Tensor,
+    x: Tensor,
+    pool_a: Tensor,
+    pool_b: Tensor,
+    slot_rank: Tensor,
+    slot_scaling: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    segment_starts: Tensor,
+    row_starts: Tensor | None,
+    row_pairs: Tensor | None,
+) -> None:
+    """Plain torch, a loop over slots: the path of devices and dtypes that have no kernel. fp32 sums, one rounding."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    flat = x.reshape(-1, x.shape[-1])
+    total = torch.zeros(flat.shape[0], pool_b.shape[1], dtype=dtype, device=x.device)
+    max_rank = pool_a.shape[0] // max(slot_rank.shape[0], 1)
+    starts, ranks = segment_starts.tolist(), slot_rank.tolist()
+    for slot, rank in enumerate(ranks):
+        pairs = slice(starts[slot], starts[slot + 1])
+        if pairs.start == pairs.stop or rank == 0:
+            continue
+        used = slice(slot * max_rank, slot * max_rank + rank)
+        index = rows[pairs].long()
+        h = flat[index].to(dtype) @ pool_a[used].to(dtype).t() * slot_scaling[slot].to(dtype)  # [pairs, rank]
+        if weights is not None:
+            h = h * weights[pairs, None].to(dtype)
+        total.index_add_(0, index, h @ pool_b[used].to(dtype))
+    out.copy_((out.to(dtype) + total.view(out.shape)).to(out.dtype))
+
+
+def _composite(x: Tensor, *args: Any) -> Tensor:
+    out = x.new_zeros((*x.shape[:-1], args[1].shape[1]))
+    _composite_(out, x, *args)
+    return out
+
+
+def _fake(x: Tensor, pool_a: Tensor, pool_b: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], pool_b.shape[1]))
+
+
+LIBRARY.impl("multi_lora", _composite, "CompositeExplicitAutograd")
+LIBRARY.impl("multi_lora_", _composite_, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fuse::multi_lora", _fake, lib=LIBRARY)
+torch.library.register_fake("lora_fuse::multi_lora_", lambda *args: None, lib=LIBRARY)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, pool_a, pool_b, slot_rank, slot_scaling, rows, weights, segment_starts, row_starts, row_pairs = ctx.saved_tensors
+    routing = (rows, weights, segment_starts, row_starts, row_pairs)
+    grad_x = grad_weights = None
+    if ctx.needs_input_grad[0]:  # the same op with A and B in each other's places
+        grad_x = torch.ops.lora_fuse.multi_lora(grad, pool_b, pool_a, slot_rank, slot_scaling, *routing)
+    if weights is not None and ctx.needs_input_grad[6]:
+        grad_weights = _weights_grad(
+            x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), pool_a, pool_b, slot_rank, slot_scaling,
+            rows, segment_starts,
+        ).to(weights.dtype)
+    return grad_x, None, None, None, None, None, grad_weights, None, None, None
+
+
+def _weights_grad(
+    x: Tensor, grad: Tensor, pool_a: Tensor, pool_b: Tensor, slot_rank: Tensor, slot_scaling: Tensor, rows: Tensor,
+    segment_starts: Tensor,
+) -> Tensor:
+    """``d/dw[p] = scaling * <A x, B^T grad>`` of the pair's row and slot; ``[num_pairs]``, no host sync."""
+    num_slots = slot_rank.shape[0]
+    max_rank = pool_a.shape[0] // max(num_slots, 1)
+    pair = torch.arange(rows.shape[0], device=rows.device)
+    slots = torch.searchsorted(segment_starts[1:].contiguous(), pair, right=True).clamp_max(num_slots - 1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(dtype) @ pool_a.to(dtype).t()  # [rows, slots * max_rank]
+    g = grad.to(dtype) @ pool_b.to(dtype).t()
+    live = torch.arange(max_rank, device=rows.device)[None] < slot_rank[:, None]  # [slots, max_rank]
+    dots = ((h * g).view(-1, num_slots, max_rank) * live).sum(-1) * slot_scaling  # [rows, slots]
+    return dots[rows.long(), slots]
+
+
+torch.library.register_autograd("lora_fuse::multi_lora", _backward, setup_context=_setup_context, lib=LIBRARY)
