@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_fuse.ops import multi_lora as _multi_lora_op  # noqa: F401  (registers the op)
+from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd  # noqa: F401  (public here)
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.pool import AdapterPool
