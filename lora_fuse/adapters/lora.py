@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,7 +15,7 @@ from torch import Tensor
 LayerKind = Literal["linear", "conv2d", "embedding"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraLayer:
     """One module's factors; ``delta = scaling * lora_b @ lora_a``.
 
@@ -22,7 +25,7 @@ class LoraLayer:
         scaling: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA; the config's value, already resolved.
         kind: which of the three layouts above.
         lora_bias: ``[out_features]``, added as ``scaling * lora_bias`` (PEFT's ``lora_bias=True``), or None.
-        magnitude: DoRA's magnitude vector, flattened to ``[out_features]`` (``[embedding_dim]`` for an embedding), or None.
+        magnitude: DoRA's magnitudes, flattened to ``[out_features]`` (``[embedding_dim]`` for an embedding), or None.
     """
 
     lora_a: Tensor
@@ -61,8 +64,47 @@ class LoraLayer:
             return flat.t().contiguous()
         return flat.reshape(self.weight_shape)
 
+    def delta(self, base_weight: Tensor | None = None) -> Tensor:
+        """What the layer adds to the base weight ``W``, in fp32.
 
-@dataclass(frozen=True)
+        ``product()``; with DoRA ``m / ||W + product|| * (W + product) - W``, the norm taken per output feature.
+
+        Args:
+            base_weight: ``W``, of shape ``weight_shape``; needed with DoRA, not read otherwise.
+        Returns:
+            fp32, ``weight_shape``.
+        Raises:
+            ValueError: DoRA without ``base_weight``, or one of another shape.
+        Source: DoRA, arXiv:2402.09353, equation 5.
+        """
+        product = self.product()
+        if self.magnitude is None:
+            return product
+        if base_weight is None:
+            raise ValueError("base_weight: a DoRA layer's delta depends on the base weight, pass base_weight=")
+        if tuple(base_weight.shape) != self.weight_shape:
+            raise ValueError(
+                f"base_weight: expected shape {self.weight_shape}, in [out, in] order (transpose a Conv1D weight), "
+                f"got {tuple(base_weight.shape)}"
+            )
+        weight = base_weight.detach().to(product.device, torch.float32)
+        directed = product.add_(weight)
+        out_dim = 1 if self.kind == "embedding" else 0
+        norm = torch.linalg.vector_norm(directed, dim=[d for d in range(directed.dim()) if d != out_dim], keepdim=True)
+        magnitude = self.magnitude.to(torch.float32).reshape(norm.shape)
+        # a row of zeros has no direction, and stays zero whatever its magnitude
+        return directed.mul_(torch.where(norm > 0, magnitude / norm, 0.0)).sub_(weight)
+
+    def __repr__(self) -> str:
+        extras = "".join(
+            f", {name}" for name, t in (("lora_bias", self.lora_bias), ("DoRA", self.magnitude)) if t is not None
+        )
+        shape = " x ".join(map(str, self.weight_shape))
+        dtype = str(self.lora_a.dtype).removeprefix("torch.")
+        return f"LoraLayer({self.kind} {shape}, rank {self.rank}, scaling {self.scaling:g}{extras}, {dtype})"
+
+
+@dataclass(frozen=True, eq=False)
 class LoraAdapter:
     """One fine-tune in low-rank form.
 
@@ -73,6 +115,8 @@ class LoraAdapter:
         trainable_tokens: embedding path -> (token ids ``[n]``, rows ``[n, dim]``); the rows replace the base's.
         config: the PEFT config as read (unknown-to-us inert keys included), for writing it back.
         source: where it came from, for messages.
+        base_weights: module path of an adapted embedding or head -> the base weight that PEFT saved along with it
+            (``save_embedding_layers``); it replaces the base's, which matters when the vocabulary was resized.
     """
 
     layers: Mapping[str, LoraLayer]
@@ -81,6 +125,7 @@ class LoraAdapter:
     trainable_tokens: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str = "<memory>"
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -96,6 +141,7 @@ class LoraAdapter:
         yield from self.base_biases.values()
         for _, rows in self.trainable_tokens.values():
             yield rows
+        yield from self.base_weights.values()
 
     def num_parameters(self) -> int:
         """Number of scalars in all tensors."""
@@ -127,4 +173,71 @@ class LoraAdapter:
             modules_to_save={p: {n: move(t) for n, t in saved.items()} for p, saved in self.modules_to_save.items()},
             base_biases={p: move(t) for p, t in self.base_biases.items()},
             trainable_tokens={p: (ids, move(rows)) for p, (ids, rows) in self.trainable_tokens.items()},
+            base_weights={p: move(t) for p, t in self.base_weights.items()},
         )
+
+    def delta(self, path: str, base_weight: Tensor | None = None) -> Tensor:
+        """What the adapter adds to one module's weight; see ``LoraLayer.delta``.
+
+        Args:
+            path: module path, the model's own.
+            base_weight: needed with DoRA; in ``[out, in]`` order, so a Conv1D weight goes in transposed.
+        Returns:
+            fp32, the weight's own shape in ``[out, in]`` order (Conv1D too; a convolution's kernel shape;
+            ``[num_embeddings, embedding_dim]`` for an embedding).
+        Raises:
+            ValueError: no such layer in the adapter (close matches are named), or ``base_weight`` is missing or does
+                not fit.
+        """
+        layer = self.layers.get(path)
+        if layer is None:
+            known = [*self.layers]
+            close = difflib.get_close_matches(path, known, n=3) or [p for p in known if p.endswith(path)][:3]
+            advice = f"did you mean {', '.join(map(repr, close))}?" if close else f"it has {known[:3]}" + "..."
+            raise ValueError(f"path: {self.source} adapts {len(known)} modules, but not {path!r}; {advice}")
+        try:
+            return layer.delta(base_weight)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does; see ``adapters.save``.
+
+        Args:
+            directory: created if need be. An adapter already in it is replaced; other files stay.
+        Raises:
+            ValueError: ``directory`` is a file, or PEFT's format cannot express the adapter.
+        """
+        from lora_fuse.adapters.save import save_adapter  # the writer imports this module
+
+        save_adapter(self, directory)
+
+    def __repr__(self) -> str:
+        ranks = sorted({layer.rank for layer in self.layers.values()})
+        dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in self.tensors())
+        flags = {
+            "DoRA": any(layer.magnitude is not None for layer in self.layers.values()),
+            "lora_bias": any(layer.lora_bias is not None for layer in self.layers.values()),
+            f"modules_to_save {', '.join(self.modules_to_save)}": bool(self.modules_to_save),
+            f"{len(self.base_biases)} biases": bool(self.base_biases),
+            f"{sum(len(ids) for ids, _ in self.trainable_tokens.values())} token rows": bool(self.trainable_tokens),
+            f"base weights of {', '.join(self.base_weights)}": bool(self.base_weights),
+        }
+        parts = [
+            f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no layers",
+            f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}",
+            f"{self.num_parameters():,} parameters",
+            f"{_size(self.nbytes)} {'/'.join(dtypes)}".rstrip(),
+            *(name for name, present in flags.items() if present),
+            f"from {self.source!r}",
+        ]
+        return f"LoraAdapter({', '.join(parts)})"
+
+
+def _size(num_bytes: int) -> str:
+    size, unit = float(num_bytes), "B"
+    for bigger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, bigger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
