@@ -1,0 +1,210 @@
+"""Fuse adapters into a model folder, streaming: one block of rows of one tensor is in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters.lora import LoraAdapter
+from .edits import Edit, NewValues, Unchanged
+from .header import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
+from .output import staged_folder
+from .plan import FusePlan, plan_fuse
+from .read import Checkpoint, open_checkpoint, read_bytes
+from .rounding import Rounding, round_to
+from .write import OutTensor, ShardWriter, lay_out, write_index, write_json
+
+# Weights in other formats would be stale beside the new ones, and training states do not belong to the result.
+_NOT_COPIED = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".h5",
+    ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".ot", ".lock", ".incomplete",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What ``fuse_checkpoint`` did.
+
+    Args:
+        out: the folder written.
+        files: weight files written.
+        tensors: tensors written.
+        changed: names of the tensors that an adapter changed, replaced or inserted.
+        nbytes: bytes of tensors written.
+        notes: what a user should know about the result.
+    """
+
+    out: Path
+    files: tuple[str, ...]
+    tensors: int
+    changed: tuple[str, ...]
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+def fuse_checkpoint(
+    base: str | os.PathLike[str],
+    adapters: Sequence[LoraAdapter],
+    weights: Sequence[float] | None = None,
+    out: str | os.PathLike[str] = "fused",
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    max_shard_size: int | None = None,
+    modules_to_save: Literal["first", "average"] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FuseReport:
+    """Write a model folder whose weights are ``W + sum_i w_i * delta_i``, without loading the model.
+
+    All adapters are accumulated in fp32 and rounded once. Tensors that no adapter touches are copied byte for byte
+    (unless ``dtype`` asks for another dtype), config and tokenizer files are copied along. Beside the adapters, memory
+    holds one block of rows of one tensor. ``out`` appears whole or not at all.
+
+    A tied output head whose embedding changes (or the other way round) is written as a tensor of its own, with
+    ``tie_word_embeddings`` set to false; a DoRA adapter is fused alone with weight 1; full copies (``modules_to_save``,
+    absolute biases, trained token rows) replace what the base has.
+
+    Args:
+        base: a folder with ``model.safetensors`` or shards and their index.
+        adapters: in memory; ``lf.load_adapter`` reads them. Every layer has to find its weight.
+        weights: one per adapter; 1 each by default.
+        out: the folder to write.
+        dtype: of every floating-point tensor written; None keeps each tensor's own.
+        rounding: ``nearest`` or ``stochastic`` (unbiased), for the tensors that change.
+        seed: of stochastic rounding.
+        max_shard_size: bytes per weight file; None keeps the base's files.
+        modules_to_save: ``first`` or ``average`` where several adapters carry a copy of one module.
+        overwrite: replace a model's or an adapter's folder that exists at ``out``.
+        progress: called with (bytes written, bytes in all).
+    Returns:
+        What was written.
+    Raises:
+        ValueError: anything about the base, the adapters or the arguments that does not fit, named; or a result that is
+            not finite. Nothing is left at ``out``.
+    """
+    if dtype is not None and DTYPE_NAMES.get(dtype) not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: {dtype} given; accepted: float64, float32, float16, bfloat16 or None")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding: {rounding!r} given; accepted: 'nearest', 'stochastic'")
+    if max_shard_size is not None and max_shard_size <= 0:
+        raise ValueError(f"max_shard_size: {max_shard_size} given; it has to be positive")
+    checkpoint = open_checkpoint(base)
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    plan = plan_fuse(checkpoint, adapters, weights, modules_to_save)
+    generator = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
+    edits, files = _outputs(checkpoint, plan, dtype, max_shard_size)
+    total = sum(t.nbytes for tensors in files.values() for t in tensors)
+    with staged_folder(out, overwrite, [checkpoint.folder]) as stage:
+        free = shutil.disk_usage(stage).free
+        if free < total:
+            raise ValueError(f"{out}: {total} bytes are to be written, the file system has {free} left")
+        done = 0
+        for name, tensors in files.items():
+            metadata = checkpoint.metadata.get(name) or next(iter(checkpoint.metadata.values()))
+            writer = ShardWriter(stage / name, tensors, metadata)
+            try:
+                for tensor in tensors:
+                    for count in writer.write(tensor, _pieces(tensor, edits[tensor.name], generator)):
+                        done += count
+                        if progress is not None:
+                            progress(done, total)
+            finally:
+                writer.close()
+        _copy_companions(checkpoint.folder, stage)
+        if plan.config or dtype is not None:
+            write_json(stage / "config.json", _new_config(checkpoint.config, plan, dtype))
+        if len(files) > 1 or (checkpoint.index is not None and max_shard_size is None):
+            write_index(stage, checkpoint.stem, files, checkpoint.index or {})
+    changed = tuple(name for name, edit in edits.items() if not isinstance(edit, Unchanged))
+    return FuseReport(Path(out), tuple(files), len(edits), changed, total, tuple(plan.notes))
+
+
+def _outputs(
+    checkpoint: Checkpoint, plan: FusePlan, dtype: torch.dtype | None, max_shard_size: int | None
+) -> tuple[dict[str, Edit], dict[str, list[OutTensor]]]:
+    """Every output tensor's edit, and the files they go to; inserted tensors join the last file."""
+    edits: dict[str, Edit] = {}
+    shards: dict[str, list[OutTensor]] = {}
+    for file, tensors in checkpoint.shards.items():
+        shards[file] = []
+        for tensor in tensors:
+            edit = plan.edits.get(tensor.name, Unchanged(tensor))
+            code = _out_dtype(tensor.dtype, dtype)
+            name = plan.add_prefix + tensor.name
+            edits[name] = edit
+            if code == tensor.dtype and edit.shape == tensor.shape:
+                shards[file].append(OutTensor(name, code, tensor.shape, tensor.nbytes))
+            else:
+                shards[file].append(OutTensor.of(name, code, edit.shape))
+    last = list(shards)[-1]
+    for name, edit in plan.edits.items():
+        if name not in checkpoint.tensors:
+            edits[name] = edit
+            code = _main_dtype(checkpoint) if isinstance(edit, NewValues) else edit.source.dtype  # type: ignore[attr-defined]
+            shards[last].append(OutTensor.of(name, _out_dtype(code, dtype), edit.shape))
+    return edits, lay_out(shards, checkpoint.stem, max_shard_size)
+
+
+def _out_dtype(code: str, dtype: torch.dtype | None) -> str:
+    return DTYPE_NAMES[dtype] if dtype is not None and code in FLOAT_DTYPES else code
+
+
+def _main_dtype(checkpoint: Checkpoint) -> str:
+    """The floating-point dtype that most of the model's bytes have."""
+    counts: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in FLOAT_DTYPES:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.nbytes
+    return max(counts, key=lambda code: counts[code], default="F32")
+
+
+def _pieces(tensor: OutTensor, edit: Edit, generator: torch.Generator | None) -> Iterator[bytes | Tensor]:
+    if isinstance(edit, Unchanged) and edit.source.dtype == tensor.dtype:
+        yield from read_bytes(edit.source)
+        return
+    changed = not isinstance(edit, Unchanged)
+    for tile in edit.tiles():
+        rounded = round_to(tile, TORCH_DTYPES[tensor.dtype], generator if changed else None)
+        finite = torch.isfinite(rounded)
+        # an untouched tensor may hold infinities of its own; a cast must only not add any
+        if not bool(finite.all()) and (changed or not bool((finite | ~torch.isfinite(tile)).all())):
+            raise ValueError(
+                f"{tensor.name}: the result is not finite in {tensor.dtype}: the base or an adapter holds NaN or "
+                "infinite values, or values too large for that dtype"
+            )
+        yield rounded
+
+
+def _new_config(config: Any, plan: FusePlan, dtype: torch.dtype | None) -> dict[str, Any]:
+    result = {**config, **plan.config}
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["torch_dtype"]
+        result.update(dict.fromkeys(keys, name))
+        if isinstance(result.get("text_config"), dict):
+            nested = result["text_config"]
+            result["text_config"] = {**nested, **{k: name for k in ("dtype", "torch_dtype") if k in nested}}
+    return result
+
+
+def _copy_companions(base: Path, stage: Path) -> None:
+    """Config, tokenizer, code and text files, and the folders of sentence-transformers' further modules, whole."""
+    for source in sorted(base.iterdir()):
+        if source.is_file() and not source.name.startswith(".") and not source.name.endswith(_NOT_COPIED):
+            shutil.copyfile(source, stage / source.name)
+    modules = base / "modules.json"
+    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    paths = [module["path"] for module in listed if module.get("path")]
+    for path in [*paths, "additional_chat_templates"]:
+        if Path(path).name == path and (base / path).is_dir():
+            shutil.copytree(base / path, stage / path, dirs_exist_ok=True)

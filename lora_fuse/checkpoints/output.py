@@ -1,0 +1,105 @@
+"""An output folder that appears whole or not at all: written beside its place, synced, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_OURS = ("config.json", "adapter_config.json")
+
+
+def check_output(out: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Path] = ()) -> Path:
+    """Refuse an output folder that cannot or must not be written, before any work is done for it.
+
+    Args:
+        out: the folder to be.
+        overwrite: whether a model's or an adapter's folder that exists there may be replaced.
+        inputs: files and folders that are read; ``out`` must not be, hold or lie in one of them.
+    Returns:
+        The absolute path.
+    Raises:
+        ValueError: ``out`` is a file, is not empty and ``overwrite`` is False, holds something else than models or
+            adapters, or touches an input.
+    """
+    out = Path(out)
+    place = out.resolve()
+    for given in inputs:
+        source = given.resolve()
+        if place == source or place in source.parents or source in place.parents:
+            raise ValueError(f"{out}: the output folder must lie apart from the input {given}")
+    if out.is_symlink() or (place.exists() and not place.is_dir()):
+        raise ValueError(f"{out}: exists and is not a folder")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{out}: the output folder exists and is not empty (overwriting has to be asked for)")
+        if not _replaceable(place):
+            raise ValueError(f"{out}: holds other things than a model or adapters; it is not going to be replaced")
+    return place
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether everything in the folder is a model's or adapters': a slip of the path must not delete anything else."""
+    if any((folder / name).is_file() for name in _OURS):
+        return folder.resolve() not in (Path.cwd().resolve(), *Path.cwd().resolve().parents)
+    entries = list(folder.iterdir())
+    return all(e.is_dir() and not e.is_symlink() and any((e / name).is_file() for name in _OURS) for e in entries)
+
+
+@contextmanager
+def staged_folder(out: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``out`` when the block ends well and vanishes when it does not.
+
+    Args:
+        out, overwrite, inputs: as in ``check_output``.
+    Returns:
+        The folder to write into, on the same file system as ``out``.
+    Raises:
+        ValueError: as in ``check_output``.
+    """
+    place = check_output(out, overwrite, inputs)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    stage = _new_folder(place, "partial")
+    try:
+        yield stage
+        for file in stage.rglob("*"):
+            _sync(file)
+        _sync(stage)
+        _move_into_place(stage, place)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _new_folder(beside: Path, suffix: str) -> Path:
+    folder = beside.parent / f".{beside.name}.{uuid.uuid4().hex[:8]}.{suffix}"
+    folder.mkdir()  # not tempfile.mkdtemp, which would make the result private to this user
+    return folder
+
+
+def _move_into_place(stage: Path, place: Path) -> None:
+    if place.is_dir() and any(place.iterdir()):
+        old = _new_folder(place, "old")
+        place.rename(old / "replaced")
+        try:
+            stage.rename(place)
+        except BaseException:
+            (old / "replaced").rename(place)
+            old.rmdir()
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        stage.rename(place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems refuse it for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
