@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 from lora_fuse.adapters._findings import Findings
 
+# fmt: off
 # Read by LoraSettings.
-_UNDERSTOOD = frozenset(  # fmt: skip
+_UNDERSTOOD = frozenset(
     [
         "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
         "bias", "target_modules", "modules_to_save", "trainable_token_indices", "init_lora_weights",
     ]
 )
 # No effect on what a trained adapter computes, or (fan_in_fan_out) decided by the type of the module. Kept for saving.
-_INERT = frozenset(  # fmt: skip
+_INERT = frozenset(
     [
         "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
         "lora_dropout", "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -27,6 +28,7 @@ _INERT = frozenset(  # fmt: skip
         "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
     ]
 )
+# fmt: on
 # These change what is computed, in ways a product of two factors does not express.
 _REFUSED = {
     "layer_replication": "it repeats layers of the base model",

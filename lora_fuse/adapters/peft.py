@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from lora_fuse.adapters._findings import Findings
 from lora_fuse.adapters.config import LoraSettings, parse_settings
-from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
+from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
+from lora_fuse.adapters.raw import RawLayer, build_layer, check_tensor
 
 PREFIX = "base_model.model."
 _WRAPPERS = frozenset(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
@@ -29,76 +29,8 @@ _ROLES = {
     "embedding_b": re.compile(rf"(?P<path>.+)\.lora_embedding_B{_NAME}"),
     "magnitude": re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<name>(?!weight$)[^.]+))?(?:\.weight)?"),
     "token_rows": re.compile(rf"(?P<path>.+)\.token_adapter\.trainable_tokens_delta{_NAME}"),
-    "saved": re.compile(r"(?P<path>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<rest>weight|bias)"),
+    "saved": re.compile(r"(?P<path>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<rest>.+)"),
 }
-
-
-@dataclass
-class RawLayer:
-    """One module's tensors before any check; ``keys`` has the key in the file of each, for messages."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-
-    def put(self, role: str, key: str, tensor: Tensor) -> None:
-        if role in self.tensors:
-            raise ValueError(f"{key}: means the same tensor as {self.keys[role]}")
-        self.tensors[role], self.keys[role] = tensor, key
-
-    def name(self, role: str) -> str:
-        return f"{self.keys[role]} {tuple(self.tensors[role].shape)}"
-
-
-def check_tensor(key: str, tensor: Any, findings: Findings) -> None:
-    """Record a tensor that no adapter can hold: not floating point, without data, or with NaN or inf in it."""
-    if not isinstance(tensor, Tensor):
-        findings.fatal.append(f"{key}: expected a tensor, got {type(tensor).__name__}")
-    elif not tensor.is_floating_point():
-        findings.fatal.append(f"{key}: expected floating point, got {tensor.dtype}")
-    elif tensor.device.type == "meta":
-        findings.fatal.append(f"{key}: is on the meta device, it has no data")
-    elif tensor.numel() == 0:
-        findings.fatal.append(f"{key}: is empty, shape {tuple(tensor.shape)} (an unsharded export of a sharded model?)")
-    else:
-        wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # isfinite knows no fp8
-        if not bool(torch.isfinite(wide).all()):
-            kind = "NaN" if bool(torch.isnan(wide).any()) else "inf"
-            findings.fatal.append(f"{key}: contains {kind}")
-
-
-def build_layer(path: str, raw: RawLayer, scaling: float, findings: Findings) -> LoraLayer | None:
-    """Check one module's shapes against each other; None (and a finding) if they do not fit."""
-    embedding = "embedding_a" in raw.tensors or "embedding_b" in raw.tensors
-    role_a, role_b = ("embedding_a", "embedding_b") if embedding else ("lora_a", "lora_b")
-    a, b = raw.tensors.get(role_a), raw.tensors.get(role_b)
-    if a is None or b is None:
-        lack = " and ".join(role for role, t in ((role_a, a), (role_b, b)) if t is None)
-        findings.fatal.append(f"{path}: {lack} is missing, the file has only {', '.join(raw.keys.values())}")
-        return None
-    both = f"{raw.name(role_a)} and {raw.name(role_b)}"
-    kind: LayerKind = "embedding" if embedding else "conv2d" if a.dim() == 4 else "linear"
-    if a.dim() != b.dim() or a.dim() not in (2, 4) or (embedding and a.dim() != 2):
-        what = {3: "Conv1d layers are not supported", 5: "Conv3d layers are not supported"}
-        findings.fatal.append(
-            f"{path}: {what.get(a.dim(), 'two factors of 2 or 4 dimensions are expected')}, got {both}"
-        )
-        return None
-    if kind == "conv2d" and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
-        groups = a.shape[0] // b.shape[1]
-        findings.fatal.append(f"{path}: a convolution in {groups} groups is not supported, got {both}")
-        return None
-    if a.shape[0] != b.shape[1] or (kind == "conv2d" and b.shape[2:] != (1, 1)):
-        findings.fatal.append(f"{path}: the factors do not share a rank, got {both}")
-        return None
-    out_features = b.shape[0]
-    bias, magnitude = raw.tensors.get("lora_bias"), raw.tensors.get("magnitude")
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        findings.fatal.append(f"{path}: expected a bias of shape ({out_features},), got {raw.name('lora_bias')}")
-    if magnitude is not None:
-        if magnitude.numel() != out_features:
-            findings.fatal.append(f"{path}: expected {out_features} magnitudes, got {raw.name('magnitude')}")
-        magnitude = magnitude.flatten()
-    return LoraLayer(a, b, float(scaling), kind, bias, magnitude)
 
 
 def model_path(key: str) -> str:
@@ -173,8 +105,7 @@ class _Reader:
         self.token_rows: dict[str, Tensor] = {}
 
     def take(self, key: str, role: str, path: str, parameter: str, tensor: Tensor) -> None:
-        check_tensor(key, tensor, self.findings)
-        if not isinstance(tensor, Tensor):
+        if not check_tensor(key, tensor, self.findings):
             return
         tensor = tensor.detach()
         if role == "token_rows":
@@ -208,8 +139,8 @@ class _Reader:
         say, settings = self.findings, self.settings
         if "lora_bias" in raw.tensors and not settings.lora_bias:
             say.tolerable.append(
-                f"{raw.keys['lora_bias']}: the file has this bias, but lora_bias is false in the config (PEFT would drop "
-                "it); set lora_bias to true if it belongs to the adapter"
+                f"{raw.keys['lora_bias']}: the file has this bias, but lora_bias is false in the config (PEFT would "
+                "drop it); set lora_bias to true if it belongs to the adapter"
             )
             raw.tensors.pop("lora_bias")
         elif settings.lora_bias and "lora_bias" not in raw.tensors:
@@ -241,8 +172,8 @@ class _Reader:
             path, _, parameter = full.rpartition(".")
             module = _saved_module(path, self.settings.modules_to_save)
             bare = path.removesuffix(".base_layer")
-            if path.rpartition(".")[2] == "original_module" and parameter == "bias":
-                continue  # PEFT's bias="all" saves the bias that a module copy stands in for; nothing reads it
+            if "original_module" in path.split(".") and parameter == "bias" and self.settings.bias == "all":
+                continue  # the bias that a module copy stands in for; nothing reads it
             if module is not None:
                 saved.setdefault(module, {})[full[len(module) + 1 :]] = tensor
             elif parameter == "bias" and (
