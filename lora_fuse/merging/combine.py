@@ -1,0 +1,224 @@
+"""``merge``: several adapters into one, by exact weighted sums of their deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
+from lora_fuse.merging.config import FACTOR_KEYS, lora_config
+from lora_fuse.merging.progress import track
+from lora_fuse.merging.terms import (
+    LayerTerm,
+    SavePolicy,
+    Sources,
+    Term,
+    Weights,
+    check_dtype,
+    check_finite,
+    check_truncation,
+    combine_saved,
+    layer_terms,
+    make_terms,
+    refuse_absolute,
+    warn_about_bases,
+)
+from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
+
+# (parts of one layer, rank, energy, dtype) -> the merged layer, without its bias
+_Combine = Callable[[Sequence[LayerTerm], int | None, float | None, torch.dtype], LoraLayer]
+
+
+@torch.no_grad()
+def merge(
+    adapters: Sources,
+    weights: Weights = None,
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    modules_to_save: SavePolicy = "refuse",
+    progress: bool = False,
+) -> LoraAdapter:
+    """Combine adapters into one whose delta is ``sum_i weights[i] * delta_i``, layer by layer.
+
+    The sum is of the PRODUCTS ``scaling_i * B_i A_i``, never of A's and B's apart, so there are no cross terms (PEFT's
+    ``combination_type="linear"`` has them). Ranks may differ, per adapter and per layer, and so may the sets of layers.
+    No method forms a product of the weight's shape.
+
+    Methods:
+        linear: exact. Concatenates the factors; where the ranks add up to more than ``min(in, out)`` the sum is
+            rewritten with that rank. ``rank`` or ``energy`` truncates it, optimally in the Frobenius norm.
+        uniform: linear with every weight 1 / N; takes no weights.
+        cat: exact; concatenates the factors, whatever the rank that results.
+        svd: truncated to ``rank`` (default: in each layer the largest rank of the adapters that have it) or ``energy``.
+
+    Truncated factors share the singular values evenly: ``lora_b = U sqrt(S)``, ``lora_a = sqrt(S) Vh``. Result layers
+    have scaling 1. An adapter with weight 0 takes no part at all, heads included. One adapter with weight 1 comes back
+    with its own factors, unless ``rank`` or ``energy`` asks for fewer.
+
+    Args:
+        adapters: a list, or a dict name -> adapter; an entry may be a path. Names appear in errors.
+        weights: a finite number per adapter, of any sign, in any sequence, or a dict by name. None: 1 each.
+        method: one of the above.
+        rank: largest rank of a result layer (linear, uniform, svd).
+        energy: share of each layer's squared Frobenius norm to keep, ``0 < energy <= 1``, instead of ``rank``.
+        dtype: of the result; computed in fp64, rounded once.
+        modules_to_save: for a module (a head) that several adapters replace: "refuse", "first", or "average" (by
+            weight).
+        progress: show a bar on stderr.
+
+    Returns:
+        A new ``LoraAdapter``; ``lora_bias`` sums like the deltas. Its config is that of a plain LoRA which PEFT loads.
+
+    Raises:
+        ValueError: unknown method; weights that are not finite or not one per adapter; rank or energy out of range or
+            not taken by the method; layers of different shape; DoRA, replaced biases or replaced token rows in
+            anything but a single adapter of weight 1; factors that are not finite.
+        TypeError: something that is no adapter or no number.
+
+    Warns:
+        UserWarning: the adapters' configs name different base models.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
+    check_truncation(rank, energy)
+    check_dtype(dtype)
+    if method == "cat" and (rank is not None or energy is not None):
+        raise ValueError("rank, energy: method 'cat' keeps every direction; use 'svd', or 'linear' with rank or energy")
+    if method == "uniform" and weights is not None:
+        raise ValueError("weights: method 'uniform' weighs every adapter 1 / N; use 'linear' to choose weights")
+    terms = make_terms(adapters, weights)
+    if method == "uniform":
+        terms = [replace(t, weight=1.0 / len(terms)) for t in terms]
+
+    active = [t for t in terms if t.weight != 0.0] or terms
+    alone = len(active) == 1 and active[0].weight == 1.0
+    if not alone:
+        refuse_absolute(active, "merge")
+    elif rank is not None or energy is not None:
+        _refuse_truncated_dora(active[0])
+    grouped = layer_terms(active)
+    saved = combine_saved(active, modules_to_save)
+    check_finite(active)
+    warn_about_bases(active)
+
+    combine = _METHODS[method]
+    layers = {}
+    for path, parts in track(grouped.items(), f"merge ({method})", progress):
+        layer = _unchanged(parts, rank, energy, dtype) if alone else None
+        if layer is None:
+            layer = replace(combine(parts, rank, energy, dtype), lora_bias=_summed_bias(parts, dtype))
+        for t in layer.tensors():
+            if not bool(torch.isfinite(t).all()):
+                raise ValueError(f"layer {path!r}: the merged factors overflow {dtype}; choose a wider dtype")
+        layers[path] = layer
+    heads = {path: {name: _cast(t, dtype) for name, t in module.items()} for path, module in saved.items()}
+    if alone:
+        return _like(active[0].adapter, layers, heads, dtype)
+    names = ", ".join(f"{t.weight:g} * {t.name}" for t in active)
+    config = lora_config(layers, heads, [t.adapter.config for t in active])
+    return LoraAdapter(layers, heads, config=config, source=f"merge({names}, method={method!r})")
+
+
+def from_svd(svd: LowRankSVD, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    """A layer with scaling 1 whose product is ``U S Vh``, each factor taking ``sqrt(S)``; ``like`` gives the layout."""
+    root = svd.S.sqrt()
+    b, a = svd.U * root, root[:, None] * svd.Vh
+    k = root.shape[0]
+    return LoraLayer(
+        lora_a=a.to(dtype).reshape(k, *like.lora_a.shape[1:]).contiguous(),
+        lora_b=b.to(dtype).reshape(like.lora_b.shape[0], k, *like.lora_b.shape[2:]).contiguous(),
+        scaling=1.0,
+        kind=like.kind,
+    )
+
+
+def svd_of(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LowRankSVD:
+    """Truncated SVD of ``sum coef * lora_b @ lora_a``, as the factors lie (an embedding's is transposed)."""
+    bs, as_ = [p.layer.lora_b.flatten(1) for p in parts], [p.layer.lora_a.flatten(1) for p in parts]
+    if dtype == torch.float64:  # or lowrank_svd would round its result to fp32
+        bs, as_ = [b.to(dtype) for b in bs], [a.to(dtype) for a in as_]
+    return lowrank_svd(bs, as_, [p.coef for p in parts], rank, energy=energy)
+
+
+def _cat(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LoraLayer:
+    b = torch.cat([(p.layer.lora_b.to(torch.float64) * p.coef).to(dtype) for p in parts], dim=1)
+    a = torch.cat([p.layer.lora_a.to(dtype) for p in parts], dim=0)
+    return LoraLayer(a, b, 1.0, parts[0].layer.kind)
+
+
+def _svd(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LoraLayer:
+    if rank is None and energy is None:
+        rank = max(p.layer.rank for p in parts)
+    return from_svd(svd_of(parts, rank, energy, dtype), parts[0].layer, dtype)
+
+
+def _linear(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LoraLayer:
+    layer = parts[0].layer
+    total = sum(p.layer.rank for p in parts)
+    full = min(layer.lora_b.shape[0], layer.lora_a[0].numel())
+    if energy is None and total <= (full if rank is None else rank):
+        return _cat(parts, None, None, dtype)
+    return from_svd(svd_of(parts, rank, energy, dtype), layer, dtype)
+
+
+_METHODS: dict[str, _Combine] = {"linear": _linear, "uniform": _linear, "cat": _cat, "svd": _svd}
+
+
+def _unchanged(
+    parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype
+) -> LoraLayer | None:
+    """The only part's own factors in ``dtype``, if no truncation was asked that would change them."""
+    (part,) = parts
+    if energy is not None or (rank is not None and rank < part.layer.rank):
+        return None
+    layer = part.layer
+    return replace(
+        layer,
+        lora_a=layer.lora_a.to(dtype),
+        lora_b=layer.lora_b.to(dtype),
+        lora_bias=None if layer.lora_bias is None else layer.lora_bias.to(dtype),
+        magnitude=None if layer.magnitude is None else layer.magnitude.to(dtype),
+    )
+
+
+def _summed_bias(parts: Sequence[LayerTerm], dtype: torch.dtype) -> Tensor | None:
+    """``sum coef * lora_bias`` over the parts that have one, or None."""
+    biases = [p.coef * p.layer.lora_bias.to(torch.float64) for p in parts if p.layer.lora_bias is not None]
+    return torch.stack(biases).sum(0).to(dtype) if biases else None
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() else t
+
+
+def _refuse_truncated_dora(term: Term) -> None:
+    path = next((path for path, layer in term.adapter.layers.items() if layer.magnitude is not None), None)
+    if path is not None:
+        raise ValueError(
+            f"adapter {term.name}: uses DoRA (layer {path!r}); its magnitudes belong to the product as it is, so "
+            "rank and energy cannot be applied"
+        )
+
+
+def _like(
+    adapter: LoraAdapter, layers: dict[str, LoraLayer], heads: dict[str, dict[str, Tensor]], dtype: torch.dtype
+) -> LoraAdapter:
+    """``adapter`` in ``dtype`` with these layers, keeping what only an adapter that stands alone can keep."""
+    config = adapter.config
+    if any(layers[p].rank != old.rank or layers[p].scaling != old.scaling for p, old in adapter.layers.items()):
+        computed = lora_config(layers, heads, [config])
+        config = {**config, **{key: computed[key] for key in FACTOR_KEYS}}
+    absolute: dict[str, Any] = {
+        name: {path: _cast(t, dtype) for path, t in held.items()}
+        for name in ("base_biases", "base_weights")
+        if (held := getattr(adapter, name, None))
+    }
+    tokens = {path: (ids, _cast(rows, dtype)) for path, (ids, rows) in adapter.trainable_tokens.items()}
+    return replace(adapter, layers=layers, modules_to_save=heads, trainable_tokens=tokens, config=config, **absolute)

@@ -1,0 +1,252 @@
+"""What goes into a weighted combination: adapters with names and weights, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
+
+Source: TypeAlias = LoraAdapter | str | os.PathLike[str]
+Sources: TypeAlias = Source | Sequence[Source] | Mapping[str, Source]
+Weights: TypeAlias = Sequence[float] | Mapping[str, float] | Tensor | None
+SavePolicy: TypeAlias = Literal["refuse", "first", "average"]
+_SAVE_POLICIES = ("refuse", "first", "average")
+_FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter of a combination; ``name`` is what errors call it."""
+
+    name: str
+    adapter: LoraAdapter
+    weight: float
+
+
+@dataclass(frozen=True)
+class LayerTerm:
+    """One adapter's part in one layer: ``coef * lora_b @ lora_a`` with ``coef = weight * scaling``."""
+
+    name: str
+    layer: LoraLayer
+    weight: float
+
+    @property
+    def coef(self) -> float:
+        return self.weight * self.layer.scaling
+
+
+def load_sources(adapters: Sources) -> dict[str, LoraAdapter]:
+    """Adapters by name: a dict's keys, or positions as strings; paths and hub ids are loaded."""
+    if isinstance(adapters, (LoraAdapter, str, os.PathLike)):
+        adapters = [adapters]
+    if not isinstance(adapters, (Mapping, Sequence)):
+        raise TypeError(f"adapters: expected a list or a dict of adapters, got {type(adapters).__name__}")
+    items = list(adapters.items() if isinstance(adapters, Mapping) else enumerate(adapters))
+    if not items:
+        raise ValueError("adapters: expected at least one adapter, got none")
+    loaded = {}
+    for key, source in items:
+        if isinstance(source, (str, os.PathLike)):
+            from lora_fuse.adapters.load import load_adapter
+
+            source = load_adapter(source)
+        if not isinstance(source, LoraAdapter):
+            raise TypeError(f"adapters[{key!r}]: expected a LoraAdapter or a path, got {type(source).__name__}")
+        loaded[str(key)] = source
+    return loaded
+
+
+def make_terms(adapters: Sources, weights: Weights, default: float = 1.0) -> list[Term]:
+    """Pair adapters with weights.
+
+    Args:
+        adapters: one adapter, a list, or a dict name -> adapter; an entry may be a path.
+        weights: a number per adapter, a dict with the same names, or None.
+        default: the weight where ``weights`` is None.
+    Raises:
+        TypeError, ValueError: not adapters, not finite numbers, or not as many weights as adapters.
+    """
+    named = isinstance(adapters, Mapping)
+    loaded = load_sources(adapters)
+    values: list[float]
+    if weights is None:
+        values = [default] * len(loaded)
+    elif isinstance(weights, Mapping):
+        if not named or set(weights) != set(loaded):
+            have = sorted(loaded) if named else f"a list of {len(loaded)}"
+            raise ValueError(f"weights: a dict needs the adapters' own names, got {sorted(weights)} for {have}")
+        values = [weights[name] for name in loaded]
+    else:
+        values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+        if len(values) != len(loaded):
+            raise ValueError(f"weights: expected {len(loaded)}, one per adapter, got {len(values)}")
+    terms = []
+    for (key, adapter), value in zip(loaded.items(), values, strict=True):
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise TypeError(f"weights: expected numbers, got {value!r} for adapter {key!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"weights: expected finite numbers, got {value} for adapter {key!r}")
+        shown = f"{key!r}" if named else f"#{key}" if adapter.source == "<memory>" else f"#{key} ({adapter.source})"
+        terms.append(Term(shown, adapter, float(value)))
+    return terms
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _FLOAT_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _FLOAT_DTYPES))}, got {dtype}")
+
+
+def check_truncation(rank: int | None, energy: float | None) -> None:
+    if rank is not None and energy is not None:
+        raise ValueError(f"rank, energy: give one of the two, got rank={rank} and energy={energy}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"energy: expected 0 < energy <= 1, got {energy}")
+
+
+def check_finite(terms: Iterable[Term]) -> None:
+    """ValueError naming adapter, layer and tensor of the first one with NaN or inf."""
+    for term in terms:
+        for path, layer in term.adapter.layers.items():
+            for what in ("lora_a", "lora_b", "lora_bias", "magnitude"):
+                t = getattr(layer, what)
+                if t is not None and not bool(torch.isfinite(t).all()):
+                    raise ValueError(f"adapter {term.name}, layer {path!r}: {what} has NaN or infinite entries")
+            if not math.isfinite(layer.scaling):
+                raise ValueError(f"adapter {term.name}, layer {path!r}: scaling is {layer.scaling}")
+
+
+def warn_about_bases(terms: Sequence[Term]) -> None:
+    """Warn if the adapters name different base models: a copy under another name is common, so it is no error."""
+    bases: dict[str, str] = {}
+    for term in terms:
+        base = term.adapter.config.get("base_model_name_or_path")
+        if base:
+            bases.setdefault(str(base), term.name)
+    if len(bases) > 1:
+        listed = ", ".join(f"{base!r} (adapter {name})" for base, name in bases.items())
+        warnings.warn(f"the adapters name different base models: {listed}", UserWarning, stacklevel=3)
+
+
+def refuse_absolute(terms: Sequence[Term], what: str) -> None:
+    """A combination is defined on deltas; DoRA and replaced values of the base are none."""
+    for term in terms:
+        a = term.adapter
+        dora = next((path for path, layer in a.layers.items() if layer.magnitude is not None), None)
+        if dora is not None:
+            raise ValueError(
+                f"adapter {term.name}: uses DoRA (layer {dora!r}), whose update is not linear in the factors; {what} "
+                "takes a DoRA adapter only alone and with weight 1"
+            )
+        for field, label in (
+            ("base_biases", "replaces biases of the base (PEFT's bias='all' or 'lora_only')"),
+            ("trainable_tokens", "replaces rows of an embedding (PEFT's trainable_token_indices)"),
+            ("base_weights", "replaces whole weights of the base (PEFT's save_embedding_layers)"),
+        ):
+            held = getattr(a, field, None)
+            if held:
+                raise ValueError(
+                    f"adapter {term.name}: {label} at {sorted(held)[0]!r}; a replaced value cannot be weighted, so "
+                    f"{what} takes such an adapter only alone and with weight 1"
+                )
+
+
+def layer_terms(terms: Sequence[Term]) -> dict[str, list[LayerTerm]]:
+    """Module path -> the adapters that have it, in order of first appearance, kinds and shapes checked."""
+    grouped: dict[str, list[LayerTerm]] = {}
+    for term in terms:
+        for path, layer in term.adapter.layers.items():
+            grouped.setdefault(path, []).append(LayerTerm(term.name, layer, term.weight))
+    for path, parts in grouped.items():
+        first = parts[0]
+        for part in parts:
+            a, b = part.layer.lora_a, part.layer.lora_b
+            if a.ndim < 2 or b.ndim < 2 or b.shape[1] != a.shape[0]:
+                raise ValueError(
+                    f"adapter {part.name}, layer {path!r}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} do not "
+                    "share a rank (a grouped convolution is not supported)"
+                )
+            if _shape(part.layer) != _shape(first.layer):
+                raise ValueError(
+                    f"layer {path!r}: adapter {part.name} is {_describe(part.layer)}, but adapter {first.name} is "
+                    f"{_describe(first.layer)}; they belong to different models"
+                )
+            if a.device != first.layer.lora_a.device:
+                raise ValueError(
+                    f"layer {path!r}: adapter {part.name} is on {a.device}, adapter {first.name} on "
+                    f"{first.layer.lora_a.device}; move them to one device with .to(device=)"
+                )
+    return grouped
+
+
+def _shape(layer: LoraLayer) -> tuple[LayerKind, tuple[int, ...]]:
+    return layer.kind, layer.weight_shape
+
+
+def _describe(layer: LoraLayer) -> str:
+    return f"for a {layer.kind} weight of shape {layer.weight_shape}"
+
+
+def combine_saved(terms: Sequence[Term], policy: SavePolicy) -> dict[str, dict[str, Tensor]]:
+    """The module copies (heads) of a combination.
+
+    Args:
+        terms: adapters with weights.
+        policy: what to do with a module that several adapters replace: "refuse", "first" (in the order given) or
+            "average" (by weight, normalised; weights must be positive and shapes equal). A module that one adapter
+            replaces is kept as it is.
+    Raises:
+        ValueError: the policy is unknown, refuses, or cannot average.
+    """
+    if policy not in _SAVE_POLICIES:
+        raise ValueError(f"modules_to_save: expected one of {', '.join(_SAVE_POLICIES)}, got {policy!r}")
+    owners: dict[str, list[Term]] = {}
+    for term in terms:
+        for path in term.adapter.modules_to_save:
+            owners.setdefault(path, []).append(term)
+    combined: dict[str, dict[str, Tensor]] = {}
+    for path, group in owners.items():
+        if len(group) > 1 and policy == "refuse":
+            raise ValueError(
+                f"modules_to_save: {path!r} is replaced by adapters {', '.join(t.name for t in group)}; "
+                "choose modules_to_save='first' or 'average'"
+            )
+        if len(group) == 1 or policy == "first":
+            combined[path] = dict(group[0].adapter.modules_to_save[path])
+        else:
+            combined[path] = _average(path, group)
+    return combined
+
+
+def _average(path: str, group: Sequence[Term]) -> dict[str, Tensor]:
+    for term in group:
+        if term.weight <= 0:
+            raise ValueError(f"modules_to_save: cannot average {path!r}, adapter {term.name} has weight {term.weight}")
+    total = sum(t.weight for t in group)
+    first = group[0].adapter.modules_to_save[path]
+    averaged = {}
+    for name, tensor in first.items():
+        acc = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
+        for term in group:
+            saved = term.adapter.modules_to_save[path]
+            other = saved.get(name)
+            if saved.keys() != first.keys() or other is None or other.shape != tensor.shape:
+                raise ValueError(
+                    f"modules_to_save: cannot average {path!r}, adapters {group[0].name} and {term.name} differ in "
+                    f"{name!r}: {tuple(tensor.shape)} and {'none' if other is None else tuple(other.shape)}"
+                )
+            if not tensor.is_floating_point() and not torch.equal(other, tensor):
+                raise ValueError(f"modules_to_save: cannot average {path!r}, {name!r} is {tensor.dtype} and differs")
+            acc += (term.weight / total) * other.to(torch.float64)
+        averaged[name] = acc.to(tensor.dtype) if tensor.is_floating_point() else tensor.clone()
+    return averaged
