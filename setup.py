@@ -5,7 +5,7 @@ import sys
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 # OpenMP comes from the libgomp that torch has already loaded (same soname), never from a copy of our own.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 

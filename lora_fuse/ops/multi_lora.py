@@ -4,15 +4,58 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch  # before _cpu: the extension shares the OpenMP runtime that torch loads
 from torch import Tensor
 
+from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
+
+_cpu.use_exchange_api(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _POOL = "Tensor pool_a, Tensor pool_b, Tensor slot_rank, Tensor slot_scaling"
 _ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
 LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}) -> Tensor")
 LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> ()")
+
+
+def run_cpu_(
+    out: Tensor,
+    x: Tensor,
+    pool_a: Tensor,
+    pool_b: Tensor,
+    slot_rank: Tensor,
+    slot_scaling: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    segment_starts: Tensor,
+    row_starts: Tensor | None,
+    row_pairs: Tensor | None,
+) -> None:
+    """The C++ kernel on plain CPU tensors, nothing recorded; ``out`` is added to."""
+    workspace = None
+    if row_pairs is not None:  # rows with several pairs keep the intermediate of the whole batch
+        size = rows.shape[0] * (pool_a.shape[0] // slot_rank.shape[0])
+        if size > _cpu.STACK_WORKSPACE:
+            workspace = torch.empty(size)
+    threads = torch.get_num_threads()
+    routing = (rows, weights, segment_starts, row_starts, row_pairs)
+    if not _cpu.multi_lora(out, x, pool_a, pool_b, slot_rank, slot_scaling, *routing, workspace, threads):
+        x = x.contiguous()  # no [rows, features] view of it exists
+        _cpu.multi_lora(out, x, pool_a, pool_b, slot_rank, slot_scaling, *routing, workspace, threads)
+
+
+def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
+    if x.dtype in _KERNEL_DTYPES and not x.is_conj() and not x.is_neg():
+        run_cpu_(out, x, *args)
+    else:
+        _composite_(out, x, *args)
+
+
+def _cpu_new(x: Tensor, *args: Any) -> Tensor:
+    out = x.new_zeros((*x.shape[:-1], args[1].shape[1]))
+    _cpu_(out, x, *args)
+    return out
 
 
 def _composite_(
@@ -57,6 +100,8 @@ def _fake(x: Tensor, pool_a: Tensor, pool_b: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], pool_b.shape[1]))
 
 
+LIBRARY.impl("multi_lora", _cpu_new, "CPU")
+LIBRARY.impl("multi_lora_", _cpu_, "CPU")
 LIBRARY.impl("multi_lora", _composite, "CompositeExplicitAutograd")
 LIBRARY.impl("multi_lora_", _composite_, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fuse::multi_lora", _fake, lib=LIBRARY)

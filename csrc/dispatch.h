@@ -1,0 +1,25 @@
+// Which instruction sets this build and this CPU have, and the kernels chosen among them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "views.h"
+
+namespace lora_fuse {
+
+struct KernelTable {
+  const char* name;
+  void (*multi_lora_f32)(const MultiLora<float>&);
+  void (*multi_lora_bf16)(const MultiLora<bf16>&);
+  void (*multi_lora_fp16)(const MultiLora<fp16>&);
+};
+
+// One per instruction set, defined in targets.cpp; worst first.
+std::vector<const KernelTable*> compiled_tables();
+
+std::vector<std::string> available_isas();   // worst first
+const KernelTable& kernels();                // the chosen table
+void choose_isa(const std::string& name);    // "" = best; throws std::invalid_argument, listing what there is
+
+}  // namespace lora_fuse

@@ -1,0 +1,399 @@
+// y[row] += sum over the row's pairs of weight * scaling * B (A x), y in T, everything between in fp32, one rounding.
+//
+//   h[p][r]  = (weight * scaling) * dot(A[r], x[row(p)])     shrink: lanes run over in_features
+//   y[row]  += sum_p sum_r h[p][r] * B[r]                    expand: lanes run over out_features
+//
+// Bitwise, a row's result depends on its own x, y, pairs and factors only: each dot has one accumulator vector, cut at
+// multiples of K_BLOCK and reduced by a fixed tree; each output sums its pairs by slot and their ranks in order. Tiles
+// only decide how many such sums run side by side.
+//
+// Why not pack A: an adapter is used by too few rows to pay for it, and dot tiles read it as it lies in the pool.
+
+constexpr int K_BLOCK = 1024;               // in_features per pass: a tile's rows of x stay in L1
+constexpr int H_FLOATS = kStackWorkspace;   // rows x rank of one block's intermediate, 64 KB of stack
+constexpr int MAX_BLOCK_ROWS = 64;
+#if LF_WIDTH == 16
+constexpr int MR = 6, NR = 4, EXPAND_STEPS = 2;  // 24 accumulators of 32 registers
+#else
+constexpr int MR = 2, NR = 4, EXPAND_STEPS = 2;  // 8 accumulators of 16 registers
+#endif
+constexpr int AXPY_ROWS = 2;                // up to so many rows, expand streams whole rank rows
+constexpr int AXPY_STEPS = 512 / STEP;      // columns of fp32 sums per row held in L1 then
+
+// ---- shrink ----
+
+template <class T>
+struct Dot {  // acc += x . a over one step
+  template <int M, int N>
+  static inline __attribute__((always_inline)) void step(vf (&acc)[M][N], const T* const* x, const T* const* a, int64_t k) {
+    half<0>(acc, x, a, k);
+    half<1>(acc, x, a, k);
+  }
+  template <int HALF, int M, int N>
+  static inline __attribute__((always_inline)) void half(vf (&acc)[M][N], const T* const* x, const T* const* a, int64_t k) {
+    vf av[N];
+    for (int j = 0; j < N; ++j) av[j] = Elem<T>::template load<HALF>(a[j] + k);
+    for (int i = 0; i < M; ++i) {
+      const vf xv = Elem<T>::template load<HALF>(x[i] + k);
+      for (int j = 0; j < N; ++j) acc[i][j] += xv * av[j];
+    }
+  }
+};
+
+#ifdef LF_BF16_DOT
+template <>
+struct Dot<bf16> {
+  template <int M, int N>
+  static inline __attribute__((always_inline)) void step(vf (&acc)[M][N], const bf16* const* x, const bf16* const* a, int64_t k) {
+    __m512bh av[N];
+    for (int j = 0; j < N; ++j) av[j] = (__m512bh)_mm512_loadu_si512(a[j] + k);
+    for (int i = 0; i < M; ++i) {
+      const __m512bh xv = (__m512bh)_mm512_loadu_si512(x[i] + k);
+      for (int j = 0; j < N; ++j) acc[i][j] = (vf)_mm512_dpbf16_ps((__m512)acc[i][j], xv, av[j]);
+    }
+  }
+};
+#endif
+
+// h[i * ldh + j] (+)= dot over [k0, k1) of x[i] and rank row j of a.
+template <int M, int N, class T>
+void dot_tile(const T* const* x, const T* a, int64_t lda, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add) {
+  vf acc[M][N] = {};
+  const T* ar[N];
+  for (int j = 0; j < N; ++j) ar[j] = a + j * lda;
+  int64_t k = k0;
+  for (; k + STEP <= k1; k += STEP) Dot<T>::step(acc, x, ar, k);
+  if (k < k1) {  // the last partial step, padded with zeros
+    T xt[M][STEP] = {}, at[N][STEP] = {};
+    const T *xp[M], *ap[N];
+    for (int i = 0; i < M; ++i) __builtin_memcpy(xt[i], x[i] + k, (k1 - k) * sizeof(T)), xp[i] = xt[i];
+    for (int j = 0; j < N; ++j) __builtin_memcpy(at[j], ar[j] + k, (k1 - k) * sizeof(T)), ap[j] = at[j];
+    Dot<T>::step(acc, xp, ap, 0);
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; j += 4) {
+      const vf zero = {};
+      const vf s = sum4(acc[i][j], j + 1 < N ? acc[i][j + 1 < N ? j + 1 : j] : zero,
+                        j + 2 < N ? acc[i][j + 2 < N ? j + 2 : j] : zero,
+                        j + 3 < N ? acc[i][j + 3 < N ? j + 3 : j] : zero);
+      for (int q = 0; q < 4 && j + q < N; ++q) {
+        float* const at = h + i * ldh + j + q;
+        *at = add ? *at + s[q * (W / 4)] : s[q * (W / 4)];
+      }
+    }
+}
+
+template <int M, class T>
+void dot_rows(const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add) {
+  int j = 0;
+  if constexpr (M == 1)
+    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add);
+  for (; j + NR <= rank; j += NR) dot_tile<M, NR>(x, a + j * lda, lda, k0, k1, h + j, ldh, add);
+  for (; j < rank; ++j) dot_tile<M, 1>(x, a + j * lda, lda, k0, k1, h + j, ldh, add);
+}
+
+// As many rows as are left, MR at most.
+template <int M, class T>
+void dot_rows_at_most(int m, const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h,
+                      int64_t ldh, bool add) {
+  if constexpr (M > 1)
+    if (m < M) return dot_rows_at_most<M - 1>(m, x, a, lda, rank, k0, k1, h, ldh, add);
+  dot_rows<M>(x, a, lda, rank, k0, k1, h, ldh, add);
+}
+
+// h [m, rank] = x [m, k] a^T [k, rank]
+template <class T>
+void shrink(const T* const* x, int m, int64_t k, const T* a, int64_t lda, int rank, float* h, int64_t ldh) {
+  const auto cut = [&](int i, int j, int n, int64_t k0) {
+    dot_rows_at_most<MR>(m - i < MR ? m - i : MR, x + i, a + j * lda, lda, n, k0, k0 + K_BLOCK < k ? k0 + K_BLOCK : k,
+                         h + i * ldh + j, ldh, k0 > 0);
+  };
+  if (m <= MR) {  // one tile of rows: stream the rank rows, a few at a time, from end to end
+    const int n = m == 1 ? 8 : NR;
+    for (int j = 0; j < rank; j += n)
+      for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) cut(0, j, rank - j < n ? rank - j : n, k0);
+    return;
+  }
+  for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK)
+    for (int i = 0; i < m; i += MR) cut(i, 0, rank, k0);
+}
+
+// ---- expand ----
+
+// y[i][n0 ..] += h[i] b over EXPAND_STEPS steps of columns
+template <int M, int STEPS, class T>
+void expand_tile(const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0) {
+  vf acc[M][2 * STEPS] = {};
+  const T* br = b + n0;
+  for (int r = 0; r < rank; ++r, br += ldb) {
+    vf bv[2 * STEPS];
+    for (int s = 0; s < STEPS; ++s) {
+      bv[2 * s] = Elem<T>::template load<0>(br + s * STEP);
+      bv[2 * s + 1] = Elem<T>::template load<1>(br + s * STEP);
+    }
+    for (int i = 0; i < M; ++i) {
+      const vf hv = splat(h[i * ldh + r]);
+      for (int v = 0; v < 2 * STEPS; ++v) acc[i][v] += hv * bv[v];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int s = 0; s < STEPS; ++s) {
+      T* const p = y[i] + n0 + s * STEP;
+      Elem<T>::store(p, Elem<T>::template load<0>(p) + acc[i][2 * s], Elem<T>::template load<1>(p) + acc[i][2 * s + 1]);
+    }
+}
+
+// The last columns, fewer than a step: through padded copies, so that the arithmetic stays the same.
+template <class T>
+void expand_tail(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, int64_t n1) {
+  const int64_t bytes = (n1 - n0) * sizeof(T);
+  for (int i = 0; i < m; ++i) {
+    vf acc0 = {}, acc1 = {};
+    for (int r = 0; r < rank; ++r) {
+      T bt[STEP] = {};
+      __builtin_memcpy(bt, b + r * ldb + n0, bytes);
+      const vf hv = splat(h[i * ldh + r]);
+      acc0 += hv * Elem<T>::template load<0>(bt);
+      acc1 += hv * Elem<T>::template load<1>(bt);
+    }
+    T yt[STEP] = {};
+    __builtin_memcpy(yt, y[i] + n0, bytes);
+    Elem<T>::store(yt, Elem<T>::template load<0>(yt) + acc0, Elem<T>::template load<1>(yt) + acc1);
+    __builtin_memcpy(y[i] + n0, yt, bytes);
+  }
+}
+
+template <int M, int STEPS, class T>
+void expand_rows(int m, const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0) {
+  if constexpr (M > 1)
+    if (m < M) return expand_rows<M - 1, STEPS>(m, h, ldh, rank, b, ldb, y, n0);
+  expand_tile<M, STEPS>(h, ldh, rank, b, ldb, y, n0);
+}
+
+// One or two rows: walk whole rank rows four at a time, the sums waiting in L1. The order of each sum is that of the tiles.
+template <class T>
+void expand_axpy(const float* h, int rank, const T* b, int64_t ldb, T* y, int64_t n0, int64_t n1) {
+  vf acc[2 * AXPY_STEPS];
+  for (; n0 + STEP <= n1;) {
+    const int steps = (n1 - n0) / STEP < AXPY_STEPS ? int((n1 - n0) / STEP) : AXPY_STEPS;
+    for (int v = 0; v < 2 * steps; ++v) acc[v] = vf{};
+    int r = 0;
+    for (; r + 4 <= rank; r += 4) {
+      const T* const p = b + r * ldb + n0;
+      const vf h0 = splat(h[r]), h1 = splat(h[r + 1]), h2 = splat(h[r + 2]), h3 = splat(h[r + 3]);
+      for (int s = 0; s < steps; ++s) {
+        const T* const q = p + s * STEP;
+        vf e = acc[2 * s] + h0 * Elem<T>::template load<0>(q), o = acc[2 * s + 1] + h0 * Elem<T>::template load<1>(q);
+        e += h1 * Elem<T>::template load<0>(q + ldb), o += h1 * Elem<T>::template load<1>(q + ldb);
+        e += h2 * Elem<T>::template load<0>(q + 2 * ldb), o += h2 * Elem<T>::template load<1>(q + 2 * ldb);
+        acc[2 * s] = e + h3 * Elem<T>::template load<0>(q + 3 * ldb);
+        acc[2 * s + 1] = o + h3 * Elem<T>::template load<1>(q + 3 * ldb);
+      }
+    }
+    for (; r < rank; ++r) {
+      const T* const p = b + r * ldb + n0;
+      const vf hv = splat(h[r]);
+      for (int s = 0; s < steps; ++s) {
+        acc[2 * s] += hv * Elem<T>::template load<0>(p + s * STEP);
+        acc[2 * s + 1] += hv * Elem<T>::template load<1>(p + s * STEP);
+      }
+    }
+    for (int s = 0; s < steps; ++s) {
+      T* const p = y + n0 + s * STEP;
+      Elem<T>::store(p, Elem<T>::template load<0>(p) + acc[2 * s], Elem<T>::template load<1>(p) + acc[2 * s + 1]);
+    }
+    n0 += steps * STEP;
+  }
+}
+
+// y [m, n0:n1] += h [m, rank] b [rank, n0:n1]; n0 is a multiple of STEP.
+template <class T>
+void expand(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, int64_t n1) {
+  int64_t n = n0;
+  if (m <= AXPY_ROWS) {
+    for (int i = 0; i < m; ++i) expand_axpy(h + i * ldh, rank, b, ldb, y[i], n0, n1);
+    n = n0 + (n1 - n0) / STEP * STEP;
+  } else {
+    for (; n + EXPAND_STEPS * STEP <= n1; n += EXPAND_STEPS * STEP)
+      for (int i = 0; i < m; i += MR)
+        expand_rows<MR, EXPAND_STEPS>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n);
+    for (; n + STEP <= n1; n += STEP)
+      for (int i = 0; i < m; i += MR) expand_rows<MR, 1>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n);
+  }
+  if (n < n1) expand_tail(h, ldh, m, rank, b, ldb, y, n, n1);
+}
+
+// ---- a call ----
+
+template <class T>
+struct Call {
+  const MultiLora<T>& p;
+
+  int rank(int slot) const { return p.slot_rank[slot]; }
+  const T* a(int slot) const { return p.a.row(int64_t(slot) * p.max_rank); }
+  const T* b(int slot) const { return p.b.row(int64_t(slot) * p.max_rank); }
+  float factor(int pair, int slot) const {
+    return p.routing.weights ? p.slot_scaling[slot] * p.routing.weights[pair] : p.slot_scaling[slot];
+  }
+
+  // Whole rows, pairs [begin, end): shrink and expand a block at a time, its intermediate in this core's cache.
+  void rows(int begin, int end) const {
+    alignas(64) float h[H_FLOATS];
+    const T* x[MAX_BLOCK_ROWS];
+    T* y[MAX_BLOCK_ROWS];
+    const int32_t* const starts = p.routing.starts;
+    for (int slot = 0; begin < end; ++slot) {
+      const int stop = starts[slot + 1] < end ? starts[slot + 1] : end;
+      if (stop <= begin) continue;
+      const int r = rank(slot);
+      const int block = r == 0 ? 0 : H_FLOATS / r < MAX_BLOCK_ROWS ? H_FLOATS / r : MAX_BLOCK_ROWS;
+      for (; r > 0 && begin < stop; begin += block) {
+        const int m = stop - begin < block ? stop - begin : block;
+        for (int i = 0; i < m; ++i) {
+          x[i] = p.x.row(p.routing.rows[begin + i]);
+          y[i] = p.y.row(p.routing.rows[begin + i]);
+        }
+        shrink(x, m, p.x.cols, a(slot), p.a.stride, r, h, r);
+        for (int i = 0; i < m; ++i) {
+          const float f = factor(begin + i, slot);
+          for (int j = 0; j < r; ++j) h[i * r + j] *= f;
+        }
+        expand(h, r, m, r, b(slot), p.b.stride, y, 0, p.y.cols);
+      }
+      begin = stop;
+    }
+  }
+
+  // Few rows, large features: the team shares the ranks of the shrink, then the columns of the expand.
+  void features(float* h, int thread, int threads) const {
+    const RoutingView& route = p.routing;
+    const int64_t ldh = p.max_rank;
+    // shrink: units of (pair, 8 ranks), dealt out in runs
+    constexpr int UNIT = 8;
+    int64_t total = 0;
+    for (int s = 0; s < route.num_slots; ++s) total += int64_t(route.starts[s + 1] - route.starts[s]) * ((rank(s) + UNIT - 1) / UNIT);
+    const int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
+    int64_t seen = 0;
+    for (int s = 0; s < route.num_slots && seen < last; ++s) {
+      const int m = route.starts[s + 1] - route.starts[s], tiles = (rank(s) + UNIT - 1) / UNIT;
+      for (int t = 0; t < tiles; ++t, seen += m) {  // pairs [first - seen, last - seen) of this tile are ours
+        const int lo = first > seen ? int(first - seen < m ? first - seen : m) : 0;
+        const int hi = last - seen < m ? int(last - seen > 0 ? last - seen : 0) : m;
+        if (lo < hi) shrink_pairs(s, route.starts[s] + lo, route.starts[s] + hi, t * UNIT, h, ldh, UNIT);
+      }
+    }
+    if (threads > 1) team_barrier();
+    const int64_t steps = (p.y.cols + STEP - 1) / STEP;
+    const int64_t n0 = steps * thread / threads * STEP, n1 = steps * (thread + 1) / threads * STEP;
+    expand_columns(h, ldh, n0, n1 < p.y.cols ? n1 : p.y.cols);
+  }
+
+  void shrink_pairs(int slot, int begin, int end, int r0, float* h, int64_t ldh, int unit) const {
+    const T* x[MAX_BLOCK_ROWS];
+    const int n = rank(slot) - r0 < unit ? rank(slot) - r0 : unit;
+    for (int q = begin; q < end; q += MAX_BLOCK_ROWS) {
+      const int m = end - q < MAX_BLOCK_ROWS ? end - q : MAX_BLOCK_ROWS;
+      for (int i = 0; i < m; ++i) x[i] = p.x.row(p.routing.rows[q + i]);
+      shrink(x, m, p.x.cols, a(slot) + r0 * p.a.stride, p.a.stride, n, h + q * ldh + r0, ldh);
+      for (int i = 0; i < m; ++i) {
+        const float f = factor(q + i, slot);
+        for (int j = 0; j < n; ++j) h[(q + i) * ldh + r0 + j] *= f;
+      }
+    }
+  }
+
+  void expand_columns(const float* h, int64_t ldh, int64_t n0, int64_t n1) const {
+    const RoutingView& route = p.routing;
+    if (n0 >= n1) return;
+    if (!route.row_starts) {
+      T* y[MAX_BLOCK_ROWS];
+      for (int s = 0; s < route.num_slots; ++s)
+        for (int q = route.starts[s]; rank(s) > 0 && q < route.starts[s + 1]; q += MAX_BLOCK_ROWS) {
+          const int m = route.starts[s + 1] - q < MAX_BLOCK_ROWS ? route.starts[s + 1] - q : MAX_BLOCK_ROWS;
+          for (int i = 0; i < m; ++i) y[i] = p.y.row(route.rows[q + i]);
+          expand(h + q * ldh, ldh, m, rank(s), b(s), p.b.stride, y, n0, n1);
+        }
+      return;
+    }
+    // Rows with several pairs: a strip of columns at a time, so that the strips of B stay in cache from row to row.
+    constexpr int64_t STRIP = 8 * STEP;
+    for (int64_t n = n0; n < n1; n += STRIP)
+      for (int64_t row = 0; row < p.y.rows; ++row)
+        if (route.row_starts[row] < route.row_starts[row + 1]) expand_mixed(h, ldh, row, n, n + STRIP < n1 ? n + STRIP : n1);
+  }
+
+  // One row's columns [n0, n1), summed over its pairs in fp32 and rounded once.
+  void expand_mixed(const float* h, int64_t ldh, int64_t row, int64_t n0, int64_t n1) const {
+    const RoutingView& route = p.routing;
+    for (int64_t n = n0; n < n1; n += STEP) {
+      const int64_t width = n1 - n < STEP ? n1 - n : STEP;
+      vf acc0 = {}, acc1 = {};
+      for (int q = route.row_starts[row]; q < route.row_starts[row + 1]; ++q) {
+        const int pair = route.row_pairs[q], slot = slot_of(pair);
+        const T* br = b(slot) + n;
+        for (int r = 0; r < rank(slot); ++r, br += p.b.stride) {
+          const T* src = br;
+          T bt[STEP] = {};
+          if (width < STEP) __builtin_memcpy(bt, br, width * sizeof(T)), src = bt;
+          const vf hv = splat(h[pair * ldh + r]);
+          acc0 += hv * Elem<T>::template load<0>(src);
+          acc1 += hv * Elem<T>::template load<1>(src);
+        }
+      }
+      T* const dst = p.y.row(row) + n;
+      T yt[STEP] = {};
+      __builtin_memcpy(yt, dst, width * sizeof(T));
+      Elem<T>::store(yt, Elem<T>::template load<0>(yt) + acc0, Elem<T>::template load<1>(yt) + acc1);
+      __builtin_memcpy(dst, yt, width * sizeof(T));
+    }
+  }
+
+  int slot_of(int pair) const {  // the last slot whose segment starts at or before the pair
+    int lo = 0, hi = p.routing.num_slots;
+    while (hi - lo > 1) {
+      const int mid = (lo + hi) / 2;
+      (p.routing.starts[mid] <= pair ? lo : hi) = mid;
+    }
+    return lo;
+  }
+};
+
+// The first pair at which the ranks of all pairs before it add up to `cost`.
+template <class T>
+int pair_at(const MultiLora<T>& p, int64_t cost) {
+  int64_t seen = 0;
+  for (int s = 0; s < p.routing.num_slots; ++s) {
+    const int64_t pairs = p.routing.starts[s + 1] - p.routing.starts[s], r = p.slot_rank[s];
+    if (seen + pairs * r >= cost) return p.routing.starts[s] + (r ? int((cost - seen + r - 1) / r) : 0);
+    seen += pairs * r;
+  }
+  return p.routing.num_pairs;
+}
+
+template <class T>
+void multi_lora(const MultiLora<T>& p) {
+  const Call<T> call{p};
+  const RoutingView& route = p.routing;
+  int64_t ranks = 0;  // summed over pairs
+  for (int s = 0; s < route.num_slots; ++s) ranks += int64_t(route.starts[s + 1] - route.starts[s]) * p.slot_rank[s];
+  if (ranks == 0 || p.x.cols == 0) return;
+  const int64_t work = ranks * (p.x.cols + p.y.cols);  // multiply-adds
+  const int threads = work < PARALLEL_MIN_WORK ? 1 : p.threads;
+
+  const bool mixed = route.row_starts != nullptr, fits = int64_t(route.num_pairs) * p.max_rank <= H_FLOATS;
+  if (!mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits)) {
+    parallel(threads, [&](int thread, int team) {
+      call.rows(pair_at(p, ranks * thread / team), pair_at(p, ranks * (thread + 1) / team));
+    });
+    return;
+  }
+  alignas(64) float stack_h[H_FLOATS];
+  float* const h = fits ? stack_h : p.workspace;
+  parallel(threads, [&](int thread, int team) { call.features(h, thread, team); });
+}
+
+inline void fill(KernelTable& table) {
+  table.multi_lora_f32 = multi_lora<float>;
+  table.multi_lora_bf16 = multi_lora<bf16>;
+  table.multi_lora_fp16 = multi_lora<fp16>;
+}
