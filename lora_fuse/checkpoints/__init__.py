@@ -1,8 +1,8 @@
 """Streaming over (sharded) safetensors model folders: plan, read, transform, write."""
 
-from .fuse import FuseReport, fuse_checkpoint
-from .output import check_output, staged_folder
-from .read import Checkpoint, is_checkpoint, open_checkpoint
+from lora_fuse.checkpoints.fuse import FuseReport, fuse_checkpoint
+from lora_fuse.checkpoints.output import check_output, staged_folder
+from lora_fuse.checkpoints.read import Checkpoint, is_checkpoint, open_checkpoint
 
 __all__ = [
     "Checkpoint",

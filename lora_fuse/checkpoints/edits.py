@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..adapters.lora import LoraLayer
-from .header import TensorInfo
-from .read import read_tensor, read_tiles
+from lora_fuse.checkpoints.header import TensorInfo
+from lora_fuse.checkpoints.read import read_tensor, read_tiles
+from lora_fuse.merging.terms import LayerTerm
 
 
 class Edit(Protocol):
@@ -24,107 +24,99 @@ class Edit(Protocol):
 
 
 @dataclass(frozen=True)
-class Term:
-    """``weight * delta`` of one adapter's layer; ``label`` names the adapter in messages."""
-
-    layer: LoraLayer
-    weight: float
-    label: str
-
-
-@dataclass(frozen=True)
 class AddDeltas:
     """``W + sum_i w_i * delta_i``, accumulated in fp32 (fp64 for an fp64 weight), a block of W's rows at a time.
 
     DoRA (one term only): ``magnitude * (W + delta) / ||W + delta||``, the norm over everything but the output features.
 
     Args:
-        source: the base weight.
+        source: the base weight, in a file or (where the adapter brought it) in memory.
         terms: the layers, all of one kind.
         transposed: the weight is stored ``[in, out]``.
     """
 
-    source: TensorInfo
-    terms: Sequence[Term]
+    source: TensorInfo | Tensor
+    terms: Sequence[LayerTerm]
     transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.source.shape
+        return tuple(self.source.shape)
 
     def tiles(self) -> Iterator[Tensor]:
         magnitude = self.terms[0].layer.magnitude
         if magnitude is None:
             yield from self._sums()
             return
+        magnitude = magnitude.to(torch.float64)
         columns = self.transposed or self.terms[0].layer.kind == "embedding"
         if columns:  # the norms run down the rows, so all blocks are needed before the first is scaled
-            norms = torch.stack([tile.double().square().sum(0) for tile in self._sums()]).sum(0).sqrt()
+            squares = torch.zeros_like(magnitude)
+            for tile in self._sums():
+                squares += tile.to(torch.float64).square().sum(0)
         start = 0
         for tile in self._sums():
-            if columns:
-                yield tile.mul_((magnitude.double() / norms).to(tile.dtype))
-                continue
             stop = start + tile.shape[0]
-            scale = magnitude[start:stop].to(tile.dtype) / tile.flatten(1).norm(dim=1)
-            yield tile.mul_(scale.reshape(-1, *[1] * (tile.dim() - 1)))
+            if columns:
+                scale = _dora_scale(magnitude, squares)
+            else:
+                squares = tile.flatten(1).to(torch.float64).square().sum(1)
+                scale = _dora_scale(magnitude[start:stop], squares).reshape(-1, *[1] * (tile.dim() - 1))
+            yield tile.mul_(scale.to(tile.dtype))
             start = stop
 
     def _sums(self) -> Iterator[Tensor]:
-        dtype = torch.float64 if self.source.dtype == "F64" else torch.float32
-        for start, block in read_tiles(self.source):
+        double = self.source.dtype in ("F64", torch.float64)
+        dtype = torch.float64 if double else torch.float32
+        columns_first = self.transposed or self.terms[0].layer.kind == "embedding"
+        left, right = stacked_factors(self.terms, dtype, columns_first)
+        for start, block in _tiles_of(self.source):
             tile = block.to(dtype)
-            for term in self.terms:
-                rows = _rows_of(term.layer, start, start + tile.shape[0], self.transposed)
-                _add_product_(tile, rows, term.weight, self.transposed)
+            tile.flatten(1).addmm_(left[start : start + tile.shape[0]], right)
             yield tile
 
 
-def _rows_of(layer: LoraLayer, start: int, stop: int, transposed: bool) -> LoraLayer:
-    """The layer whose delta is rows ``start:stop`` of ``layer``'s delta as the weight is stored."""
-    if transposed or layer.kind == "embedding":
-        return replace(layer, lora_a=layer.lora_a[:, start:stop])
-    return replace(layer, lora_b=layer.lora_b[start:stop])
+def _tiles_of(source: TensorInfo | Tensor) -> Iterator[tuple[int, Tensor]]:
+    if isinstance(source, TensorInfo):
+        yield from read_tiles(source)
+        return
+    for start in range(0, source.shape[0], 4096):
+        yield start, source[start : start + 4096].clone()
 
 
-def _add_product_(tile: Tensor, layer: LoraLayer, weight: float, transposed: bool) -> None:
-    """``tile += weight * scaling * lora_b @ lora_a`` in the tile's dtype, without a buffer of the tile's size."""
-    a, b = layer.lora_a.to(tile).flatten(1), layer.lora_b.to(tile).flatten(1)
-    flat = tile.flatten(1)
-    if transposed or layer.kind == "embedding":
-        flat.addmm_(a.t(), b.t(), alpha=weight * layer.scaling)
-    else:
-        flat.addmm_(b, a, alpha=weight * layer.scaling)
+def _dora_scale(magnitude: Tensor, squares: Tensor) -> Tensor:
+    """DoRA's factor; a row of zeros has no direction, and stays zero whatever its magnitude."""
+    return torch.where(squares > 0, magnitude / squares.sqrt(), 0.0)
+
+
+def stacked_factors(terms: Sequence[LayerTerm], dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+    """``left [rows, R]`` and ``right [R, columns]`` with ``left @ right = sum_i coef_i B_i A_i`` as the weight lies."""
+    b = torch.cat([term.layer.lora_b.flatten(1).to(torch.float64) * term.coef for term in terms], 1).to(dtype)
+    a = torch.cat([term.layer.lora_a.flatten(1).to(dtype) for term in terms], 0)
+    return (a.t(), b.t()) if transposed else (b, a)
 
 
 @dataclass(frozen=True)
 class Bias:
-    """``b + sum_i w_i (b_i - b) + sum_i w_i s_i lora_bias_i``: absolute biases ``b_i`` of adapters, and LoRA biases.
-
-    A single absolute bias with weight 1 is taken as it is, exactly.
+    """``b + sum_i w_i s_i lora_bias_i``, where ``b`` is the base's bias or the one that an adapter puts in its place.
 
     Args:
-        source: the base bias.
-        absolute: pairs of weight and bias ``[out_features]``.
-        added: pairs of factor (weight times scaling) and bias.
+        source: the base's bias in the file.
+        added: pairs of factor (weight times scaling) and bias ``[out_features]``.
+        instead: replaces the base's.
     """
 
     source: TensorInfo
-    absolute: Sequence[tuple[float, Tensor]] = ()
     added: Sequence[tuple[float, Tensor]] = ()
+    instead: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
 
     def tiles(self) -> Iterator[Tensor]:
-        base = read_tensor(self.source)
+        base = read_tensor(self.source) if self.instead is None else self.instead
         result = base.to(torch.float64)
-        if len(self.absolute) == 1 and self.absolute[0][0] == 1:
-            result = self.absolute[0][1].to(torch.float64)
-        else:
-            for weight, bias in self.absolute:
-                result = result + weight * (bias.to(torch.float64) - base.to(torch.float64))
         for factor, bias in self.added:
             result = result + factor * bias.to(torch.float64)
         yield result

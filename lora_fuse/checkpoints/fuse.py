@@ -13,14 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..adapters.lora import LoraAdapter
-from .edits import Edit, NewValues, Unchanged
-from .header import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES
-from .output import staged_folder
-from .plan import FusePlan, plan_fuse
-from .read import Checkpoint, open_checkpoint, read_bytes
-from .rounding import Rounding, round_to
-from .write import OutTensor, ShardWriter, lay_out, write_index, write_json
+from lora_fuse.adapters.lora import LoraAdapter
+from lora_fuse.checkpoints.edits import Edit, Unchanged
+from lora_fuse.checkpoints.header import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
+from lora_fuse.checkpoints.output import staged_folder
+from lora_fuse.checkpoints.plan import FusePlan, plan_fuse
+from lora_fuse.checkpoints.read import Checkpoint, open_checkpoint, read_bytes
+from lora_fuse.checkpoints.write import OutTensor, ShardWriter, lay_out, write_index, write_json
+from lora_fuse.merging.rounding import round_nearest, round_stochastic
+from lora_fuse.merging.terms import SavePolicy, Weights
 
 # Weights in other formats would be stale beside the new ones, and training states do not belong to the result.
 _NOT_COPIED = (
@@ -53,14 +54,14 @@ class FuseReport:
 def fuse_checkpoint(
     base: str | os.PathLike[str],
     adapters: Sequence[LoraAdapter],
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     out: str | os.PathLike[str] = "fused",
     *,
     dtype: torch.dtype | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
     max_shard_size: int | None = None,
-    modules_to_save: Literal["first", "average"] | None = None,
+    modules_to_save: SavePolicy = "refuse",
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> FuseReport:
@@ -77,13 +78,13 @@ def fuse_checkpoint(
     Args:
         base: a folder with ``model.safetensors`` or shards and their index.
         adapters: in memory; ``lf.load_adapter`` reads them. Every layer has to find its weight.
-        weights: one per adapter; 1 each by default.
+        weights: one per adapter; 1 each by default. One with weight 0 takes no part.
         out: the folder to write.
         dtype: of every floating-point tensor written; None keeps each tensor's own.
         rounding: ``nearest`` or ``stochastic`` (unbiased), for the tensors that change.
         seed: of stochastic rounding.
         max_shard_size: bytes per weight file; None keeps the base's files.
-        modules_to_save: ``first`` or ``average`` where several adapters carry a copy of one module.
+        modules_to_save: ``refuse``, ``first`` or ``average`` where several adapters carry a copy of one module.
         overwrite: replace a model's or an adapter's folder that exists at ``out``.
         progress: called with (bytes written, bytes in all).
     Returns:
@@ -99,7 +100,6 @@ def fuse_checkpoint(
     if max_shard_size is not None and max_shard_size <= 0:
         raise ValueError(f"max_shard_size: {max_shard_size} given; it has to be positive")
     checkpoint = open_checkpoint(base)
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
     plan = plan_fuse(checkpoint, adapters, weights, modules_to_save)
     generator = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
     edits, files = _outputs(checkpoint, plan, dtype, max_shard_size)
@@ -150,7 +150,8 @@ def _outputs(
     for name, edit in plan.edits.items():
         if name not in checkpoint.tensors:
             edits[name] = edit
-            code = _main_dtype(checkpoint) if isinstance(edit, NewValues) else edit.source.dtype  # type: ignore[attr-defined]
+            source = getattr(edit, "source", None)
+            code = source.dtype if isinstance(source, TensorInfo) else _main_dtype(checkpoint)
             shards[last].append(OutTensor.of(name, _out_dtype(code, dtype), edit.shape))
     return edits, lay_out(shards, checkpoint.stem, max_shard_size)
 
@@ -174,7 +175,11 @@ def _pieces(tensor: OutTensor, edit: Edit, generator: torch.Generator | None) ->
         return
     changed = not isinstance(edit, Unchanged)
     for tile in edit.tiles():
-        rounded = round_to(tile, TORCH_DTYPES[tensor.dtype], generator if changed else None)
+        target = TORCH_DTYPES[tensor.dtype]
+        if changed and generator is not None:
+            rounded = round_stochastic(tile, target, generator)
+        else:
+            rounded = round_nearest(tile, target)
         finite = torch.isfinite(rounded)
         # an untouched tensor may hold infinities of its own; a cast must only not add any
         if not bool(finite.all()) and (changed or not bool((finite | ~torch.isfinite(tile)).all())):

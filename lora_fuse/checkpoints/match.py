@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..adapters.lora import LoraAdapter, LoraLayer
-from .header import TensorInfo
-from .read import Checkpoint
+from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
+from lora_fuse.checkpoints.header import TensorInfo
+from lora_fuse.checkpoints.read import Checkpoint
 
 # transformers' models whose projections are Conv1D (weight stored [in, out]), and the names those projections have.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder")
@@ -48,26 +48,58 @@ def match_paths(adapter: LoraAdapter, checkpoint: Checkpoint, label: str) -> Ren
     Raises:
         ValueError: layers without a weight (up to ten are listed), a weight of another shape, or several renamings fit.
     """
-    layers = {path: layer for path, layer in adapter.layers.items() if path.rpartition(".")[2] != _HEAD}
-    layers = layers or dict(adapter.layers)
+    # a tied head need not be stored, and a weight that the adapter brings along may have another shape
+    certain = {
+        p: v for p, v in adapter.layers.items() if p.rpartition(".")[2] != _HEAD and p not in adapter.base_weights
+    }
+    layers = certain or dict(adapter.layers)
     found = [path for path in layers if f"{path}.weight" in checkpoint.tensors]
     if len(found) == len(layers):
         for path, layer in layers.items():
             check_shape(layer, checkpoint.tensors[f"{path}.weight"], path, label)
         return Renaming()
-    fits = [r for r in _renamings(list(layers), checkpoint) if _all_fit(layers, checkpoint, r)]
+    fits: dict[tuple[str, ...], Renaming] = {}  # renamings that come to the same are one
+    for renaming in _renamings(list(layers), checkpoint):
+        if _all_fit(layers, checkpoint, renaming):
+            fits.setdefault(tuple(map(renaming, layers)), renaming)
     if len(fits) == 1:
-        return fits[0]
+        return next(iter(fits.values()))
     if fits:
-        choices = "; ".join(map(str, fits))
-        raise ValueError(f"{label}: its module paths fit the model in several ways ({choices}): rename them first")
+        choices = "; ".join(map(str, fits.values()))
+        raise ValueError(
+            f"adapter {label}: its module paths fit the model in several ways ({choices}): rename them first"
+        )
     missing = [path for path in layers if path not in found]
     listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
     have = ", ".join(checkpoint.module_paths()[:3])
     raise ValueError(
-        f"{label}: {len(missing)} of its {len(layers)} layers have no weight in {checkpoint.folder}: {listed}. "
+        f"adapter {label}: {len(missing)} of its {len(layers)} layers have no weight in {checkpoint.folder}: {listed}. "
         f"Is it an adapter for another model? This one has {have}, ..."
     )
+
+
+def renamed(adapter: LoraAdapter, renaming: Renaming, checkpoint: Checkpoint) -> LoraAdapter:
+    """The adapter under the checkpoint's module paths; a module outside the renamed part keeps its own."""
+    modules = {path for name in checkpoint.tensors for path in _ancestors(name)}
+
+    def place(path: str) -> str:
+        new = renaming(path)
+        return new if new in modules else path
+
+    return replace(
+        adapter,
+        layers={place(path): layer for path, layer in adapter.layers.items()},
+        modules_to_save={place(path): saved for path, saved in adapter.modules_to_save.items()},
+        base_biases={place(path): bias for path, bias in adapter.base_biases.items()},
+        trainable_tokens={place(path): rows for path, rows in adapter.trainable_tokens.items()},
+        base_weights={place(path): weight for path, weight in adapter.base_weights.items()},
+    )
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _renamings(paths: list[str], checkpoint: Checkpoint) -> Iterator[Renaming]:
@@ -106,8 +138,8 @@ def check_shape(layer: LoraLayer, weight: TensorInfo, path: str, label: str) -> 
     """
     if not _shapes_agree(layer, weight.shape):
         raise ValueError(
-            f"{label}: {path}: its delta is {list(layer.weight_shape)}, but {weight.name} is {list(weight.shape)}; "
-            "is it an adapter for another model?"
+            f"adapter {label}: {path}: its delta is {list(layer.weight_shape)}, but {weight.name} is "
+            f"{list(weight.shape)}; is it an adapter for another model?"
         )
 
 
@@ -136,9 +168,9 @@ def stored_transposed(
     if len(seen) == 1:
         return seen.pop()
     raise ValueError(
-        f"{label}: {path}: {weight.name} is square ({list(weight.shape)}) and the adapter says fan_in_fan_out, but "
-        f"model_type {model_type!r} is not known to store weights [in, out]; set fan_in_fan_out in adapter_config.json "
-        "to what is true of this model"
+        f"adapter {label}: {path}: {weight.name} is square ({list(weight.shape)}) and the adapter says fan_in_fan_out, "
+        f"but model_type {model_type!r} is not known to store weights [in, out]; set fan_in_fan_out in "
+        "adapter_config.json to what is true of this model"
     )
 
 

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.lora import LoraAdapter
-from .edits import AddDeltas, Bias, Edit, NewRows, NewValues, Term, Unchanged
-from .header import FLOAT_DTYPES, TensorInfo
-from .match import Renaming, Tie, check_shape, find_tie, match_paths, stored_transposed, text_config
-from .read import Checkpoint
+from lora_fuse.adapters.lora import LoraAdapter
+from lora_fuse.checkpoints.edits import AddDeltas, Bias, Edit, NewRows, NewValues, Unchanged
+from lora_fuse.checkpoints.header import FLOAT_DTYPES, TensorInfo
+from lora_fuse.checkpoints.match import (
+    Renaming,
+    Tie,
+    check_shape,
+    find_tie,
+    match_paths,
+    renamed,
+    stored_transposed,
+    text_config,
+)
+from lora_fuse.checkpoints.read import Checkpoint, read_tiles
+from lora_fuse.merging.terms import (
+    SavePolicy,
+    Term,
+    Weights,
+    check_finite,
+    combine_base_weights,
+    combine_saved,
+    layer_terms,
+    make_terms,
+    refuse_absolute,
+    warn_about_bases,
+)
 
-ModulesToSave = Literal["first", "average"]
+_TASK_HEADS = ("classifier", "score", "out_proj")
 
 
 @dataclass
@@ -36,77 +56,60 @@ class FusePlan:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An adapter with its weight, its name for messages, and how its paths become the checkpoint's."""
-
-    adapter: LoraAdapter
-    weight: float
-    label: str
-    rename: Renaming
-
-    def tensor(self, path: str, parameter: str, checkpoint: Checkpoint) -> str:
-        """The name of a module's parameter in the checkpoint; a module outside the renamed part keeps its own."""
-        renamed, own = f"{self.rename(path)}.{parameter}", f"{path}.{parameter}"
-        return own if own in checkpoint.tensors and renamed not in checkpoint.tensors else renamed
-
-
 def plan_fuse(
-    checkpoint: Checkpoint,
-    adapters: Sequence[LoraAdapter],
-    weights: Sequence[float],
-    modules_to_save: ModulesToSave | None = None,
+    checkpoint: Checkpoint, adapters: Sequence[LoraAdapter], weights: Weights, modules_to_save: SavePolicy
 ) -> FusePlan:
     """Plan ``W + sum_i w_i delta_i`` for every weight that an adapter touches.
 
     Args:
         checkpoint: the base model.
-        adapters: at least one.
-        weights: one per adapter, finite.
-        modules_to_save: which copy of a module wins that several adapters carry; None refuses.
+        adapters: at least one; one with weight 0 takes no part, but has to fit.
+        weights: one per adapter, finite; None is 1 each.
+        modules_to_save: as in ``merge``.
     Returns:
         The plan.
     Raises:
-        ValueError: quantised weights, layers that do not fit, heads in several adapters, DoRA beside another adapter or
-            with a weight other than 1, biases without a bias to add to, a tied embedding that cannot be untied.
+        ValueError: quantised weights, layers that do not fit, heads in several adapters, anything absolute (DoRA,
+            replaced biases, rows or weights) beside another adapter or with a weight other than 1, biases without a
+            bias to add to, a tied embedding that cannot be untied.
     """
-    _check_arguments(checkpoint, adapters, weights)
-    sources = []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        sources.append(_Source(adapter, weight, adapter.source, match_paths(adapter, checkpoint, adapter.source)))
+    _refuse_quantised(checkpoint)
     plan = FusePlan()
-    for source in sources:
-        if source.rename != Renaming():
-            plan.notes.append(f"{source.label}: module paths were renamed to fit the model: {source.rename}")
-    saved = _saved_tensors(sources, checkpoint, modules_to_save)
-    tie = _tie(sources, checkpoint, saved)
+    terms, renamings = [], []
+    for term in make_terms(adapters, weights):
+        renaming = match_paths(term.adapter, checkpoint, term.name)
+        adapter = _without_known_weights(renamed(term.adapter, renaming, checkpoint), checkpoint)
+        terms.append(replace(term, adapter=adapter))
+        renamings.append(renaming)
+        if renaming != Renaming():
+            plan.notes.append(f"adapter {term.name}: module paths were renamed to fit the model: {renaming}")
+    active = [term for term in terms if term.weight != 0]
+    if len(active) != 1 or active[0].weight != 1:
+        refuse_absolute(active, "fuse")
+    check_finite(active)
+    warn_about_bases(active)
+    saved = {
+        f"{path}.{name}": tensor
+        for path, tensors in combine_saved(active, modules_to_save).items()
+        for name, tensor in tensors.items()
+    }
+    tie = _broken_tie(active, checkpoint, saved)
+    _plan_deltas(plan, active, checkpoint, tie)
+    _plan_biases(plan, active, checkpoint)
+    _plan_rows(plan, active, checkpoint)
+    _plan_saved(plan, checkpoint, saved)
+    if any(term.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") for term in active):
+        _set_labels(plan, checkpoint, saved)
     if tie is not None:
-        _untie(plan, tie)
-    _plan_deltas(plan, sources, checkpoint, tie)
-    _plan_biases(plan, sources, checkpoint)
-    _plan_rows(plan, sources, checkpoint)
-    _plan_saved(plan, sources, checkpoint, saved)
-    if tie is not None:
-        ends = [
-            plan.edits[n].shape if n in plan.edits else checkpoint.tensors[n].shape for n in (tie.embedding, tie.head)
-        ]
-        if ends[0][0] != ends[1][0]:
-            raise ValueError(f"{tie.embedding} gets {ends[0][0]} rows, {tie.head} {ends[1][0]}; the two must agree")
+        _untie(plan, checkpoint, tie)
     if any(name not in checkpoint.tensors for name in plan.edits):
         # a bare model's names beside a head's: loaders want the whole in the names of the model with the head
-        strips = {source.rename.strip for source in sources if not source.rename.add}
+        strips = {renaming.strip for renaming in renamings if not renaming.add}
         plan.add_prefix = strips.pop() if len(strips) == 1 else ""
     return plan
 
 
-def _check_arguments(checkpoint: Checkpoint, adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> None:
-    if not adapters:
-        raise ValueError("adapters: none given; at least one is needed")
-    if len(weights) != len(adapters):
-        raise ValueError(f"weights: {len(weights)} given for {len(adapters)} adapters")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"weights: {weight!r} is not a finite number")
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
     for key in ("quantization_config", "compression_config"):
         found = checkpoint.config.get(key) or text_config(checkpoint.config).get(key)
         if found:
@@ -115,93 +118,6 @@ def _check_arguments(checkpoint: Checkpoint, adapters: Sequence[LoraAdapter], we
                 f"{checkpoint.folder}: its weights are quantised ({key}: {method}), and a delta cannot be added "
                 "to them exactly; fuse into the unquantised model and quantise the result"
             )
-    for adapter in adapters:
-        dora = [path for path, layer in adapter.layers.items() if layer.magnitude is not None]
-        if dora and (len(adapters) > 1 or weights[0] != 1):
-            raise ValueError(
-                f"{adapter.source}: a DoRA adapter ({dora[0]} has a magnitude) is fused alone and with weight 1; "
-                f"{len(adapters)} adapters were given, with weights {list(weights)}"
-            )
-
-
-def _saved_tensors(
-    sources: Sequence[_Source], checkpoint: Checkpoint, modules_to_save: ModulesToSave | None
-) -> dict[str, Tensor]:
-    """Tensor name in the checkpoint -> the copy that replaces it or is inserted."""
-    if modules_to_save not in (None, "first", "average"):
-        raise ValueError(f"modules_to_save: {modules_to_save!r} given; accepted: 'first', 'average'")
-    found: dict[str, list[tuple[str, Tensor]]] = {}
-    for source in sources:
-        for path, tensors in source.adapter.modules_to_save.items():
-            place = source.rename(path) if _holds(checkpoint, source.rename(path)) else path
-            for name, tensor in tensors.items():
-                found.setdefault(f"{place}.{name}", []).append((source.label, tensor))
-    result = {}
-    for name, copies in found.items():
-        if len(copies) > 1 and modules_to_save is None:
-            labels = ", ".join(label for label, _ in copies)
-            raise ValueError(
-                f"{name}: a full copy of it lies in several adapters ({labels}), and a model has room for one; "
-                "choose with modules_to_save='first' or 'average'"
-            )
-        shapes = {tuple(tensor.shape) for _, tensor in copies}
-        if modules_to_save == "average" and len(copies) > 1:
-            if len(shapes) > 1:
-                raise ValueError(f"{name}: copies of different shapes ({shapes}) cannot be averaged")
-            result[name] = torch.stack([tensor.double() for _, tensor in copies]).mean(0).float()
-        else:
-            result[name] = copies[0][1]
-    return result
-
-
-def _holds(checkpoint: Checkpoint, path: str) -> bool:
-    return any(name.startswith(f"{path}.") for name in checkpoint.tensors)
-
-
-def _tie(sources: Sequence[_Source], checkpoint: Checkpoint, saved: Iterable[str]) -> Tie | None:
-    """The tie that the edits break. PEFT's ``ensure_weight_tying`` means both ends: then it holds."""
-    touched = {name.removesuffix(".weight") for name in saved}
-    for source in sources:
-        paths = {source.rename(path) for path in source.adapter.layers}
-        both = source.adapter.config.get("ensure_weight_tying", False)
-        if not both or any(path.rpartition(".")[2] == "lm_head" for path in paths):
-            touched |= paths
-    return find_tie(checkpoint, touched)
-
-
-def _untie(plan: FusePlan, tie: Tie) -> None:
-    plan.config["tie_word_embeddings"] = False
-    plan.notes.append(
-        f"the model ties {tie.head} to {tie.embedding} and the adapter changes only one of them or each by itself: "
-        "the result has both, with tie_word_embeddings=false"
-    )
-
-
-def _plan_deltas(plan: FusePlan, sources: Sequence[_Source], checkpoint: Checkpoint, tie: Tie | None) -> None:
-    terms: dict[str, list[Term]] = {}
-    transposed: dict[str, bool] = {}
-    untied = {} if tie is None or tie.head_stored else {tie.head: checkpoint.tensors[tie.embedding]}
-    for source in sources:
-        for path, layer in source.adapter.layers.items():
-            name = source.tensor(path, "weight", checkpoint)
-            weight = checkpoint.tensors.get(name) or untied.get(name)
-            if weight is None:
-                raise ValueError(f"{source.label}: {path} has no weight in {checkpoint.folder}: no tensor {name!r}")
-            check_shape(layer, weight, path, source.label)
-            _check_float(weight, checkpoint)
-            flip = stored_transposed(path, layer, weight, checkpoint, source.adapter, source.label)
-            if transposed.setdefault(name, flip) != flip or (
-                terms.get(name) and terms[name][0].layer.kind != layer.kind
-            ):
-                raise ValueError(f"{source.label}: {path}: the adapters disagree about how {name} is stored")
-            terms.setdefault(name, []).append(Term(layer, source.weight, source.label))
-    for name, parts in terms.items():
-        weight = checkpoint.tensors.get(name) or untied[name]
-        active = [term for term in parts if term.weight != 0]
-        if active or name in untied:
-            plan.edits[name] = AddDeltas(weight, active, transposed[name]) if active else Unchanged(weight)
-    for name, weight in untied.items():
-        plan.edits.setdefault(name, Unchanged(weight))
 
 
 def _check_float(weight: TensorInfo, checkpoint: Checkpoint) -> None:
@@ -212,91 +128,160 @@ def _check_float(weight: TensorInfo, checkpoint: Checkpoint) -> None:
         )
 
 
-def _plan_biases(plan: FusePlan, sources: Sequence[_Source], checkpoint: Checkpoint) -> None:
-    absolute: dict[str, list[tuple[float, Tensor]]] = {}
+def _without_known_weights(adapter: LoraAdapter, checkpoint: Checkpoint) -> LoraAdapter:
+    """Drop base weights that PEFT saved along with an adapted embedding where they are what the model has anyway."""
+
+    def known(path: str, given: Tensor) -> bool:
+        own = checkpoint.tensors.get(f"{path}.weight")
+        if own is None or own.shape != tuple(given.shape) or own.dtype not in FLOAT_DTYPES:
+            return False
+        return all(torch.equal(given[i : i + len(tile)].to(tile), tile) for i, tile in read_tiles(own))
+
+    kept = {path: given for path, given in adapter.base_weights.items() if not known(path, given)}
+    return replace(adapter, base_weights=kept)
+
+
+def _broken_tie(terms: Sequence[Term], checkpoint: Checkpoint, saved: Mapping[str, Tensor]) -> Tie | None:
+    """The tie that the edits break. PEFT's ``ensure_weight_tying`` means both ends: then it holds."""
+    touched = {name.removesuffix(".weight") for name in saved}
+    for term in terms:
+        paths = {*term.adapter.layers, *term.adapter.base_weights}
+        both = term.adapter.config.get("ensure_weight_tying", False)
+        if not both or any(path.rpartition(".")[2] == "lm_head" for path in paths):
+            touched |= paths
+    return find_tie(checkpoint, touched)
+
+
+def _untie(plan: FusePlan, checkpoint: Checkpoint, tie: Tie) -> None:
+    rows = {
+        name: (plan.edits[name] if name in plan.edits else checkpoint.tensors[name]).shape[0]
+        for name in (tie.embedding, tie.head)
+    }
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"the tied parameters would differ in length: {rows}; the adapter has to bring both")
+    plan.config["tie_word_embeddings"] = False
+    if "tie_word_embeddings" in text_config(checkpoint.config):
+        _set_text_config(plan, checkpoint, "tie_word_embeddings", False)
+    plan.notes.append(
+        f"{tie.head} and {tie.embedding} were one parameter, and the adapter changes only one of them or each by "
+        "itself: the result has both, with tie_word_embeddings=false"
+    )
+
+
+def _plan_deltas(plan: FusePlan, terms: Sequence[Term], checkpoint: Checkpoint, tie: Tie | None) -> None:
+    instead = {f"{path}.weight": weight for path, weight in combine_base_weights(terms).items()}
+    sources: dict[str, TensorInfo] = dict(checkpoint.tensors)
+    if tie is not None and not tie.head_stored:
+        sources[tie.head] = checkpoint.tensors[tie.embedding]
+        plan.edits[tie.head] = Unchanged(checkpoint.tensors[tie.embedding])
+        if tie.embedding in instead:
+            instead.setdefault(tie.head, instead[tie.embedding])
+    for name, given in instead.items():
+        plan.edits[name] = NewValues(given)
+    adapters = {term.name: term.adapter for term in terms}
+    for path, parts in layer_terms(terms).items():
+        name = f"{path}.weight"
+        weight = sources.get(name)
+        if weight is None:
+            raise ValueError(f"{checkpoint.folder}: no tensor {name!r} for the layer {path} of adapter {parts[0].name}")
+        _check_float(weight, checkpoint)
+        values = instead.get(name)
+        shape = weight.shape if values is None else tuple(values.shape)
+        for part in parts:
+            check_shape(part.layer, replace(weight, shape=shape), path, part.name)
+        flips = {stored_transposed(path, p.layer, weight, checkpoint, adapters[p.name], p.name) for p in parts}
+        if len(flips) > 1:
+            raise ValueError(f"{path}: the adapters disagree about how {name} is stored (fan_in_fan_out)")
+        plan.edits[name] = AddDeltas(weight if values is None else values, parts, flips.pop())
+    for name, edit in plan.edits.items():
+        if name in checkpoint.tensors and edit.shape[:1] != checkpoint.tensors[name].shape[:1]:
+            _resize_vocabulary(plan, checkpoint, checkpoint.tensors[name].shape[0], edit.shape[0])
+
+
+def _plan_biases(plan: FusePlan, terms: Sequence[Term], checkpoint: Checkpoint) -> None:
+    instead: dict[str, Tensor] = {}
     added: dict[str, list[tuple[float, Tensor]]] = {}
-    for source in sources:
-        given = [(path, bias, 1.0, absolute) for path, bias in source.adapter.base_biases.items()]
-        for path, layer in source.adapter.layers.items():
-            if layer.lora_bias is not None:
-                given.append((path, layer.lora_bias, layer.scaling, added))
-        for path, bias, factor, into in given:
-            name = source.tensor(path, "bias", checkpoint)
+    for term in terms:
+        lora_biases = {
+            path: layer.lora_bias
+            for path, layer in term.adapter.layers.items()
+            if layer.lora_bias is not None and bool(layer.lora_bias.any())  # zeros need no bias to be added to
+        }
+        for path, bias in (*term.adapter.base_biases.items(), *lora_biases.items()):
+            name = f"{path}.bias"
             base = checkpoint.tensors.get(name)
             if base is None:
-                raise ValueError(
-                    f"{source.label}: it has a bias for {path}, but {checkpoint.folder} has no tensor {name!r} for it"
-                )
+                raise ValueError(f"adapter {term.name}: a bias for {path}, but {checkpoint.folder} has no {name!r}")
             if base.shape != tuple(bias.shape):
-                raise ValueError(
-                    f"{source.label}: its bias for {path} is {list(bias.shape)}, but {name} is {list(base.shape)}"
-                )
+                raise ValueError(f"adapter {term.name}: {path}: its bias is {list(bias.shape)}, {name} {[*base.shape]}")
             _check_float(base, checkpoint)
-            if source.weight != 0:
-                into.setdefault(name, []).append((factor * source.weight, bias))
-    for name in {**absolute, **added}:
-        plan.edits[name] = Bias(checkpoint.tensors[name], absolute.get(name, ()), added.get(name, ()))
+        instead.update({f"{path}.bias": bias for path, bias in term.adapter.base_biases.items()})
+        for path, bias in lora_biases.items():
+            factor = term.weight * term.adapter.layers[path].scaling
+            added.setdefault(f"{path}.bias", []).append((factor, bias))
+    for name in {**instead, **added}:
+        plan.edits[name] = Bias(checkpoint.tensors[name], added.get(name, ()), instead.get(name))
 
 
-def _plan_rows(plan: FusePlan, sources: Sequence[_Source], checkpoint: Checkpoint) -> None:
-    for source in sources:
-        for path, (ids, rows) in source.adapter.trainable_tokens.items():
-            name = source.tensor(path, "weight", checkpoint)
+def _plan_rows(plan: FusePlan, terms: Sequence[Term], checkpoint: Checkpoint) -> None:
+    for term in terms:
+        for path, (ids, rows) in term.adapter.trainable_tokens.items():
+            name = f"{path}.weight"
             base = checkpoint.tensors.get(name)
             if base is None:
-                raise ValueError(f"{source.label}: it has rows for {path}, but there is no tensor {name!r}")
+                raise ValueError(f"adapter {term.name}: token rows for {path}, but there is no tensor {name!r}")
             if name in plan.edits:
-                raise ValueError(f"{source.label}: it replaces rows of {name}, which is also changed otherwise")
-            if rows.shape != (len(ids), *base.shape[1:]):
-                raise ValueError(f"{source.label}: {path}: {list(rows.shape)} rows for {name} {list(base.shape)}")
+                raise ValueError(f"adapter {term.name}: it replaces rows of {name}, which is also changed otherwise")
+            if tuple(rows.shape) != (len(ids), *base.shape[1:]):
+                raise ValueError(f"adapter {term.name}: {path}: rows {list(rows.shape)} for {name} {list(base.shape)}")
             if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= base.shape[0]):
                 raise ValueError(
-                    f"{source.label}: {path}: token ids from {int(ids.min())} to {int(ids.max())}, "
+                    f"adapter {term.name}: {path}: token ids from {int(ids.min())} to {int(ids.max())}, "
                     f"but {name} has {base.shape[0]} rows"
                 )
             _check_float(base, checkpoint)
             plan.edits[name] = NewRows(base, ids, rows)
-            tie = find_tie(checkpoint, [name.removesuffix(".weight")])
+            tie = find_tie(checkpoint, [path])
             if tie is not None and tie.head_stored:  # the copy of a shared parameter follows it
                 plan.edits[tie.head] = NewRows(checkpoint.tensors[tie.head], ids, rows)
 
 
-def _plan_saved(
-    plan: FusePlan, sources: Sequence[_Source], checkpoint: Checkpoint, saved: Mapping[str, Tensor]
-) -> None:
+def _plan_saved(plan: FusePlan, checkpoint: Checkpoint, saved: Mapping[str, Tensor]) -> None:
     for name, tensor in saved.items():
         base = checkpoint.tensors.get(name)
-        if name in plan.edits and not isinstance(plan.edits[name], Unchanged):
-            raise ValueError(f"{name}: one adapter replaces it and a LoRA layer changes it; they cannot be combined")
+        if not isinstance(plan.edits.get(name, Unchanged), (type, Unchanged)):
+            raise ValueError(
+                f"{name}: an adapter replaces it while another change is due to it; that cannot be combined"
+            )
         if base is None:
             plan.notes.append(f"{name} {list(tensor.shape)} was inserted; the base model has no such tensor")
         elif base.shape != tuple(tensor.shape):
             if base.shape[1:] != tuple(tensor.shape[1:]):
                 raise ValueError(f"{name}: the adapter's copy is {list(tensor.shape)}, the model's {list(base.shape)}")
-            plan.notes.append(f"{name}: {base.shape[0]} rows became {tensor.shape[0]}")
             _resize_vocabulary(plan, checkpoint, base.shape[0], tensor.shape[0])
+            plan.notes.append(f"{name}: {base.shape[0]} rows became {tensor.shape[0]}")
         plan.edits[name] = NewValues(tensor)
-    _set_labels(plan, sources, checkpoint, saved)
 
 
 def _resize_vocabulary(plan: FusePlan, checkpoint: Checkpoint, old: int, new: int) -> None:
-    config = checkpoint.config
-    if config.get("vocab_size") == old:
+    if checkpoint.config.get("vocab_size") == old:
         plan.config["vocab_size"] = new
-    elif text_config(config).get("vocab_size") == old:
-        plan.config["text_config"] = {**text_config(config), "vocab_size": new}
+    elif text_config(checkpoint.config).get("vocab_size") == old:
+        _set_text_config(plan, checkpoint, "vocab_size", new)
 
 
-def _set_labels(
-    plan: FusePlan, sources: Sequence[_Source], checkpoint: Checkpoint, saved: Mapping[str, Tensor]
-) -> None:
+def _set_text_config(plan: FusePlan, checkpoint: Checkpoint, key: str, value: object) -> None:
+    nested = checkpoint.config.get("text_config")
+    if isinstance(nested, Mapping):
+        plan.config["text_config"] = {**nested, **plan.config.get("text_config", {}), key: value}
+
+
+def _set_labels(plan: FusePlan, checkpoint: Checkpoint, saved: Mapping[str, Tensor]) -> None:
     """Tell the config how wide a new classification head is, so that the model class builds it so."""
-    if not any(str(source.adapter.config.get("task_type")) in ("SEQ_CLS", "TOKEN_CLS") for source in sources):
-        return
     widths = {
         int(tensor.shape[0])
         for name, tensor in saved.items()
-        if tensor.dim() == 2 and name.split(".")[-2] in ("classifier", "score", "out_proj")
+        if tensor.dim() == 2 and name.endswith(tuple(f"{head}.weight" for head in _TASK_HEADS))
     }
     labels = checkpoint.config.get("id2label")
     if len(widths) == 1 and (labels is None or len(labels) not in widths):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .header import TensorInfo, read_header
+from lora_fuse.checkpoints.header import TensorInfo, read_header
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 # In this order where a folder holds several: what transformers and diffusers load by default.

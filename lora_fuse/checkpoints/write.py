@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .header import TORCH_DTYPES
+from lora_fuse.checkpoints.header import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
