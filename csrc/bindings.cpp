@@ -23,6 +23,7 @@ struct TensorView {
   int ndim;
   int64_t shape[8], strides[8];
   DataType dtype;
+  bool on_cpu;
 };
 
 [[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
@@ -30,7 +31,7 @@ struct TensorView {
 TensorView through_attributes(py::handle t, const char* name) {
   TensorView v{};
   if (!py::hasattr(t, "data_ptr")) throw py::type_error(std::string(name) + ": expected a torch.Tensor");
-  if (t.attr("device").attr("type").cast<std::string>() != "cpu") fail(std::string(name) + ": expected a CPU tensor");
+  v.on_cpu = t.attr("device").attr("type").cast<std::string>() == "cpu";
   v.data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
   const py::tuple shape = t.attr("shape"), strides = t.attr("stride")();
   v.ndim = int(shape.size());
@@ -41,8 +42,7 @@ TensorView through_attributes(py::handle t, const char* name) {
   else if (dtype == "torch.float16") v.dtype = {dlpack::kFloat, 16, 1};
   else if (dtype == "torch.bfloat16") v.dtype = {dlpack::kBfloat, 16, 1};
   else if (dtype == "torch.int32") v.dtype = {dlpack::kInt, 32, 1};
-  else fail(std::string(name) + ": unsupported dtype " + dtype);
-  return v;
+  return v;  // any other: {0, 0, 0}, which matches nothing
 }
 
 TensorView view(py::handle t, const char* name) {
@@ -52,18 +52,24 @@ TensorView view(py::handle t, const char* name) {
     PyErr_Clear();
     throw py::type_error(std::string(name) + ": expected a strided torch.Tensor");
   }
-  if (d.device.type != dlpack::kCPU) fail(std::string(name) + ": expected a CPU tensor");
   if (d.ndim > 8) fail(std::string(name) + ": more than 8 dimensions");
   TensorView v;
   v.data = static_cast<char*>(d.data) + d.byte_offset;
   v.ndim = d.ndim;
   v.dtype = d.dtype;
+  v.on_cpu = d.device.type == dlpack::kCPU;
   int64_t dense = 1;
   for (int i = d.ndim - 1; i >= 0; --i) {
     v.shape[i] = d.shape[i];
     v.strides[i] = d.strides ? d.strides[i] : dense;
     dense *= d.shape[i];
   }
+  return v;
+}
+
+TensorView host(py::handle t, const char* name) {
+  const TensorView v = view(t, name);
+  if (!v.on_cpu) fail(std::string(name) + ": expected a CPU tensor, as x is");
   return v;
 }
 
@@ -95,7 +101,10 @@ bool collapse(const TensorView& v, Rows* out) {
   return true;
 }
 
+constexpr DataType kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1}, kFloat16{dlpack::kFloat, 16, 1},
+    kBfloat16{dlpack::kBfloat, 16, 1};
 bool same(DataType a, DataType b) { return a.code == b.code && a.bits == b.bits; }
+bool has_kernel(DataType t) { return same(t, kFloat32) || same(t, kBfloat16) || same(t, kFloat16); }
 
 void expect_vector(const TensorView& v, const char* name, DataType dtype, const char* dtype_name, int64_t length) {
   if (v.ndim != 1 || !same(v.dtype, dtype) || v.shape[0] != length || (length > 1 && v.strides[0] != 1))
@@ -158,13 +167,19 @@ void run(void (*kernel)(const MultiLora<T>&), const TensorView& x, const Rows& x
   kernel(call);
 }
 
-// Adds into out; false if x has no [rows, cols] view (the caller then makes it contiguous).
-bool multi_lora(py::handle out, py::handle x, py::handle pool_a, py::handle pool_b, py::handle slot_rank,
-                py::handle slot_scaling, py::handle rows, py::handle weights, py::handle segment_starts,
-                py::handle row_starts, py::handle row_pairs, py::handle workspace, int threads) {
-  const TensorView xv = view(x, "x"), yv = view(out, "out"), av = view(pool_a, "pool_a"), bv = view(pool_b, "pool_b");
+// pool: (pool_a, pool_b, slot_rank, slot_scaling); route: (rows, weights, segment_starts, row_starts, row_pairs).
+// Adds into out. False, and nothing done, if this is not for us: another device, a dtype without a kernel, or an x that
+// has no [rows, cols] view.
+bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::tuple& route, py::handle workspace, int threads) {
+  if (pool.size() != 4 || route.size() != 5) fail("pool, routing: expected 4 and 5 tensors");
+  const auto at = [](const py::tuple& t, int i) { return py::handle(PyTuple_GET_ITEM(t.ptr(), i)); };
+  const py::handle pool_a = at(pool, 0), pool_b = at(pool, 1), slot_rank = at(pool, 2), slot_scaling = at(pool, 3);
+  const py::handle rows = at(route, 0), weights = at(route, 1), segment_starts = at(route, 2), row_starts = at(route, 3),
+                   row_pairs = at(route, 4);
+  const TensorView xv = view(x, "x");
   Rows xr, yr, ar, br;
-  if (!collapse(xv, &xr)) return false;
+  if (!xv.on_cpu || !has_kernel(xv.dtype) || !collapse(xv, &xr)) return false;
+  const TensorView yv = host(out, "out"), av = host(pool_a, "pool_a"), bv = host(pool_b, "pool_b");
   if (!collapse(yv, &yr) || (yr.rows > 1 && yr.stride < yr.cols))
     fail("out: expected unit stride in the last dimension and one stride between rows, got shape " + show(yv));
   if (av.ndim != 2 || bv.ndim != 2 || !collapse(av, &ar) || !collapse(bv, &br))
@@ -176,31 +191,30 @@ bool multi_lora(py::handle out, py::handle x, py::handle pool_a, py::handle pool
   if (xr.rows != yr.rows) fail("x, out: shapes " + show(xv) + " and " + show(yv) + " have different numbers of rows");
   if (ar.rows != br.rows) fail("pool_a, pool_b: " + std::to_string(ar.rows) + " and " + std::to_string(br.rows) + " rows");
 
-  const DataType int32{dlpack::kInt, 32, 1}, float32{dlpack::kFloat, 32, 1};
-  const TensorView rank = view(slot_rank, "slot_rank"), scaling = view(slot_scaling, "slot_scaling");
+  const TensorView rank = host(slot_rank, "slot_rank"), scaling = host(slot_scaling, "slot_scaling");
   const int64_t num_slots = rank.ndim == 1 ? rank.shape[0] : 0;
-  expect_vector(rank, "slot_rank", int32, "int32", num_slots);
-  expect_vector(scaling, "slot_scaling", float32, "float32", num_slots);
+  expect_vector(rank, "slot_rank", kInt32, "int32", num_slots);
+  expect_vector(scaling, "slot_scaling", kFloat32, "float32", num_slots);
   if (num_slots == 0 ? ar.rows != 0 : ar.rows % num_slots != 0)
     fail("pool_a: " + std::to_string(ar.rows) + " rows are no multiple of " + std::to_string(num_slots) + " slots");
   const int max_rank = num_slots ? int(ar.rows / num_slots) : 0;
 
-  const TensorView rv = view(rows, "rows"), sv = view(segment_starts, "segment_starts");
+  const TensorView rv = host(rows, "rows"), sv = host(segment_starts, "segment_starts");
   const int64_t num_pairs = rv.ndim == 1 ? rv.shape[0] : 0;
-  expect_vector(rv, "rows", int32, "int32", num_pairs);
-  expect_vector(sv, "segment_starts", int32, "int32", num_slots + 1);
+  expect_vector(rv, "rows", kInt32, "int32", num_pairs);
+  expect_vector(sv, "segment_starts", kInt32, "int32", num_slots + 1);
   RoutingView routing{reinterpret_cast<int32_t*>(rv.data), nullptr, reinterpret_cast<int32_t*>(sv.data), nullptr, nullptr,
                       int32_t(num_pairs), int32_t(num_slots)};
   if (!weights.is_none()) {
-    const TensorView w = view(weights, "weights");
-    expect_vector(w, "weights", float32, "float32", num_pairs);
+    const TensorView w = host(weights, "weights");
+    expect_vector(w, "weights", kFloat32, "float32", num_pairs);
     routing.weights = reinterpret_cast<float*>(w.data);
   }
   if (row_starts.is_none() != row_pairs.is_none()) fail("row_starts, row_pairs: give both or neither");
   if (!row_starts.is_none()) {
-    const TensorView starts = view(row_starts, "row_starts"), pairs = view(row_pairs, "row_pairs");
-    expect_vector(starts, "row_starts", int32, "int32", xr.rows + 1);
-    expect_vector(pairs, "row_pairs", int32, "int32", num_pairs);
+    const TensorView starts = host(row_starts, "row_starts"), pairs = host(row_pairs, "row_pairs");
+    expect_vector(starts, "row_starts", kInt32, "int32", xr.rows + 1);
+    expect_vector(pairs, "row_pairs", kInt32, "int32", num_pairs);
     routing.row_starts = reinterpret_cast<int32_t*>(starts.data);
     routing.row_pairs = reinterpret_cast<int32_t*>(pairs.data);
   }
@@ -212,8 +226,8 @@ bool multi_lora(py::handle out, py::handle x, py::handle pool_a, py::handle pool
 
   float* scratch = nullptr;
   if (!workspace.is_none()) {
-    const TensorView w = view(workspace, "workspace");
-    expect_vector(w, "workspace", float32, "float32", num_pairs * max_rank);
+    const TensorView w = host(workspace, "workspace");
+    expect_vector(w, "workspace", kFloat32, "float32", num_pairs * max_rank);
     scratch = reinterpret_cast<float*>(w.data);
   } else if (routing.row_starts && num_pairs * max_rank > kStackWorkspace) {
     fail("workspace: rows with several pairs need one of " + std::to_string(num_pairs * max_rank) + " floats");
@@ -221,14 +235,12 @@ bool multi_lora(py::handle out, py::handle x, py::handle pool_a, py::handle pool
 
   const KernelTable& k = kernels();
   const auto* const scale = reinterpret_cast<float*>(scaling.data);
-  if (same(xv.dtype, float32))
+  if (same(xv.dtype, kFloat32))
     run(k.multi_lora_f32, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
-  else if (same(xv.dtype, {dlpack::kBfloat, 16, 1}))
+  else if (same(xv.dtype, kBfloat16))
     run(k.multi_lora_bf16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
-  else if (same(xv.dtype, {dlpack::kFloat, 16, 1}))
-    run(k.multi_lora_fp16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
   else
-    fail("x: expected float32, bfloat16 or float16");
+    run(k.multi_lora_fp16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
   return true;
 }
 

@@ -5,15 +5,8 @@ STACK_WORKSPACE: int
 def multi_lora(
     out: Tensor,
     x: Tensor,
-    pool_a: Tensor,
-    pool_b: Tensor,
-    slot_rank: Tensor,
-    slot_scaling: Tensor,
-    rows: Tensor,
-    weights: Tensor | None,
-    segment_starts: Tensor,
-    row_starts: Tensor | None,
-    row_pairs: Tensor | None,
+    pool: tuple[Tensor, Tensor, Tensor, Tensor],
+    routing: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
     workspace: Tensor | None,
     threads: int,
 ) -> bool: ...

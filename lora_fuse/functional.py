@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_fuse.ops import multi_lora as _multi_lora_op  # noqa: F401  (registers the op)
-from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd  # noqa: F401  (public here)
+from lora_fuse._cpu import multi_lora as _multi_lora
+from lora_fuse.ops import multi_lora as _op
+from lora_fuse.ops.eager import may_bypass
+from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
+
+__all__ = ["LowRankSVD", "lowrank_svd", "multi_lora"]
+
+_increment_version = torch._C._increment_version
+_num_threads = torch.get_num_threads
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.pool import AdapterPool
@@ -16,11 +23,49 @@ if TYPE_CHECKING:
 
 
 def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None = None) -> Tensor:
-    """Apply every row's adapters: ``out[row] += weight * scaling * B (A x[row])``."""
-    args = (
-        *pool.tensors, routing.rows, routing.weights, routing.segment_starts, routing.row_starts, routing.row_pairs,
-    )
+    """Apply every row's adapters: ``out[row] += sum over the row's pairs of weight * scaling * B (A x[row])``.
+
+    Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows, their
+    order or the number of threads (with the AMX instruction set: on whether its adapter has 16 rows or more in
+    the batch). Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and ``routing.weights``, not in the pool.
+
+    Args:
+        x: ``[..., in_features]`` with ``routing.num_rows`` rows in all; fp32, bf16 or fp16, the pool's dtype
+            (any floating dtype off the CPU kernels, by plain torch).
+        pool: the layer's slots, ``AdapterPool``.
+        routing: ``Routing`` with as many slots as the pool.
+        out: ``[..., out_features]``, dtype of ``x``, added to in place (its version is bumped); unit stride in the last
+            dimension and one stride between rows; may not share memory with ``x`` or the pool. Zeros if None.
+    Returns:
+        ``out``, or a new ``[..., out_features]``.
+    Raises:
+        ValueError: shapes or dtypes disagree, an index is out of range, or ``out`` is given where a gradient is needed.
+    Source: S-LoRA, arXiv:2311.03285, and Punica, arXiv:2310.18547, for the shrink / expand formulation.
+    """
+    if may_bypass(x, out, routing.weights):
+        pool_tensors, route = pool.tensors, routing.tensors
+        y = x.new_zeros((*x.shape[:-1], pool.out_features)) if out is None else out
+        workspace = None if route[4] is None else _op.workspace(pool_tensors, route)
+        if _multi_lora(y, x, pool_tensors, route, workspace, _num_threads()):
+            if not y.is_inference():
+                _increment_version((y,))
+            return y
+    return _dispatch(x, pool, routing, out)
+
+
+def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None) -> Tensor:
+    """Through torch's dispatcher: autograd, transforms, modes, tracing, other devices and dtypes."""
+    if out is not None and torch.is_grad_enabled():
+        for name, t in (("x", x), ("out", out), ("routing.weights", routing.weights)):
+            if t is not None and t.requires_grad:
+                raise ValueError(f"out: cannot be given while {name} requires grad; leave it out, or use torch.no_grad()")
+    pool_a, pool_b, slot_rank, slot_scaling = pool.tensors
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
+        dtype = torch.get_autocast_dtype(device)
+        x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
+    args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors)
     if out is None:
-        return torch.ops.lora_fuse.multi_lora(x, *args)
-    torch.ops.lora_fuse.multi_lora_(out, x, *args)
+        return torch.ops.lora_fuse.multi_lora(*args)
+    torch.ops.lora_fuse.multi_lora_(out, *args)
     return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,11 @@ class Routing:
     row_pairs: Tensor | None
     num_rows: int
     leases: tuple[Any, ...] = ()
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """``(rows, weights, segment_starts, row_starts, row_pairs)``, as the op takes them."""
+        return self.rows, self.weights, self.segment_starts, self.row_starts, self.row_pairs
 
     @property
     def num_pairs(self) -> int:
@@ -122,6 +129,67 @@ class Routing:
             num_rows,
             leases,
         )
+
+    @classmethod
+    def from_samples(
+        cls,
+        samples: np.ndarray[Any, Any],
+        slots: np.ndarray[Any, Any],
+        weights: np.ndarray[Any, Any] | None,
+        lead: tuple[int, int, int],
+        num_slots: int,
+        device: torch.device | None = None,
+        leases: tuple[Any, ...] = (),
+    ) -> Routing:
+        """A few (sample, slot, weight) triples, each standing for all rows of its sample. Built on the host, then moved.
+
+        Args:
+            samples, slots: ``[num_pairs]`` int64, sorted by slot, then sample; a sample may appear several times.
+            weights: ``[num_pairs]`` float32, or None for ones.
+            lead: ``(outer, num_samples, inner)``, the activation's leading dimensions around the batch axis: row
+                ``(o, s, i)`` belongs to sample ``s``.
+            num_slots: slots of the pools this will be used with.
+            device: where the routing goes (default: CPU).
+        """
+        outer, num_samples, inner = lead
+        per_sample = outer * inner
+        blocks = np.arange(outer)[:, None] * (num_samples * inner) + np.arange(inner)[None]  # [outer, inner]
+        rows = (samples[:, None] * inner + blocks.reshape(1, -1)).reshape(-1)
+        pairs = np.repeat(np.arange(samples.size), per_sample)
+        if outer > 1:  # a sample's rows are scattered, so concatenation is not yet the order by row
+            order = np.lexsort((rows, slots[pairs]))
+            rows, pairs = rows[order], pairs[order]
+        starts = np.zeros(num_slots + 1, np.int32)
+        np.cumsum(np.bincount(slots, minlength=num_slots) * per_sample, out=starts[1:])
+        row_starts = row_pairs = None
+        if samples.size > 1 and np.bincount(samples).max() > 1:
+            row_pairs = np.argsort(rows, kind="stable").astype(np.int32)
+            row_starts = np.zeros(outer * num_samples * inner + 1, np.int32)
+            np.cumsum(np.bincount(rows, minlength=row_starts.size - 1), out=row_starts[1:])
+
+        def tensor(array: np.ndarray[Any, Any] | None) -> Any:
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        return cls(
+            tensor(rows.astype(np.int32)),
+            tensor(None if weights is None else weights[pairs]),
+            tensor(starts),
+            tensor(row_starts),
+            tensor(row_pairs),
+            outer * num_samples * inner,
+            leases,
+        )
+
+    def explicit(self) -> Routing:
+        """The same routing with no field None: weights of one and the pairs of each row are spelled out."""
+        if self.weights is not None and self.row_starts is not None:
+            return self
+        weights = torch.ones(self.num_pairs, device=self.device) if self.weights is None else self.weights
+        row_starts, row_pairs = self.row_starts, self.row_pairs
+        if row_starts is None:
+            row_starts = _starts(torch.bincount(self.rows.long(), minlength=self.num_rows))
+            row_pairs = torch.argsort(self.rows, stable=True).int()
+        return replace(self, weights=weights, row_starts=row_starts, row_pairs=row_pairs)
 
 
 def _starts(counts: Tensor) -> Tensor:

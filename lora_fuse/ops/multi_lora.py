@@ -11,7 +11,9 @@ from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
 
 _cpu.use_exchange_api(getattr(Tensor, "__dlpack_c_exchange_api__", None))
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PoolTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+RoutingTensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _POOL = "Tensor pool_a, Tensor pool_b, Tensor slot_rank, Tensor slot_scaling"
 _ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
@@ -19,35 +21,23 @@ LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}) -> Tensor")
 LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> ()")
 
 
-def run_cpu_(
-    out: Tensor,
-    x: Tensor,
-    pool_a: Tensor,
-    pool_b: Tensor,
-    slot_rank: Tensor,
-    slot_scaling: Tensor,
-    rows: Tensor,
-    weights: Tensor | None,
-    segment_starts: Tensor,
-    row_starts: Tensor | None,
-    row_pairs: Tensor | None,
-) -> None:
-    """The C++ kernel on plain CPU tensors, nothing recorded; ``out`` is added to."""
-    workspace = None
-    if row_pairs is not None:  # rows with several pairs keep the intermediate of the whole batch
-        size = rows.shape[0] * (pool_a.shape[0] // slot_rank.shape[0])
-        if size > _cpu.STACK_WORKSPACE:
-            workspace = torch.empty(size)
-    threads = torch.get_num_threads()
-    routing = (rows, weights, segment_starts, row_starts, row_pairs)
-    if not _cpu.multi_lora(out, x, pool_a, pool_b, slot_rank, slot_scaling, *routing, workspace, threads):
-        x = x.contiguous()  # no [rows, features] view of it exists
-        _cpu.multi_lora(out, x, pool_a, pool_b, slot_rank, slot_scaling, *routing, workspace, threads)
+def workspace(pool: PoolTensors, routing: RoutingTensors) -> Tensor | None:
+    """Room for the intermediate of a whole batch, which rows with several pairs need; None where the stack will do."""
+    if routing[4] is None:
+        return None
+    size = routing[0].shape[0] * (pool[0].shape[0] // max(pool[2].shape[0], 1))
+    return torch.empty(size) if size > _cpu.STACK_WORKSPACE else None
 
 
 def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
-    if x.dtype in _KERNEL_DTYPES and not x.is_conj() and not x.is_neg():
-        run_cpu_(out, x, *args)
+    pool, routing = args[:4], args[4:]
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    threads = torch.get_num_threads()
+    if _cpu.multi_lora(out, x, pool, routing, workspace(pool, routing), threads):
+        return
+    if x.dtype in KERNEL_DTYPES:  # no [rows, features] view of it exists
+        _cpu.multi_lora(out, x.contiguous(), pool, routing, workspace(pool, routing), threads)
     else:
         _composite_(out, x, *args)
 
