@@ -6,6 +6,38 @@ from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.compress.peru_lora import peru_lora
 from lora_fuse.merging.combine import merge
 from lora_fuse.merging.fuse import fuse, unfuse
+from lora_fuse.nn.attach import (
+    adapter_slots,
+    adapters,
+    add_adapter,
+    attach,
+    detach,
+    head_sizes,
+    remove_adapter,
+    set_adapters,
+    swap_adapter,
+    use_adapters,
+)
+from lora_fuse.nn.warmup import warmup
 
-__all__ = ["LoraAdapter", "functional", "fuse", "load_adapter", "merge", "peru_lora", "unfuse"]
+__all__ = [
+    "LoraAdapter",
+    "adapter_slots",
+    "adapters",
+    "add_adapter",
+    "attach",
+    "detach",
+    "functional",
+    "fuse",
+    "head_sizes",
+    "load_adapter",
+    "merge",
+    "peru_lora",
+    "remove_adapter",
+    "set_adapters",
+    "swap_adapter",
+    "unfuse",
+    "use_adapters",
+    "warmup",
+]
 __version__ = "0.1.0"

@@ -21,9 +21,9 @@ def _padded(rows: int, cols: int, dtype: torch.dtype, device: torch.device | Non
 class AdapterPool(nn.Module):
     """Slots for up to ``num_slots`` adapters of one layer.
 
-    ``pool_a [num_slots * max_rank, in_features]`` and ``pool_b [num_slots * max_rank, out_features]`` (B transposed): slot
-    ``s`` owns rows ``s * max_rank`` to ``s * max_rank + slot_rank[s]``, one contiguous run. ``slot_rank`` (int32) and
-    ``slot_scaling`` (float32) have an entry per slot. All four are non-persistent buffers: they follow ``.to()``,
+    ``pool_a [num_slots * max_rank, in_features]`` and ``pool_b [num_slots * max_rank, out_features]`` (B transposed):
+    slot ``s`` owns rows ``s * max_rank`` to ``s * max_rank + slot_rank[s]``, one contiguous run. ``slot_rank`` (int32)
+    and ``slot_scaling`` (float32) have an entry per slot. All four are non-persistent buffers: they follow ``.to()``,
     stay out of the state dict, and ``slot_scaling`` stays float32 whatever the pool's dtype.
     """
 
@@ -31,6 +31,7 @@ class AdapterPool(nn.Module):
     pool_b: Tensor
     slot_rank: Tensor
     slot_scaling: Tensor
+    slot_bias: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class AdapterPool(nn.Module):
         self.register_buffer("pool_b", _padded(rows, out_features, dtype, device), persistent=False)
         self.register_buffer("slot_rank", torch.zeros(num_slots, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("slot_scaling", torch.zeros(num_slots, device=device), persistent=False)
+        self.register_buffer("slot_bias", None, persistent=False)  # [num_slots, out_features] once an adapter has one
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,14 +59,17 @@ class AdapterPool(nn.Module):
         return buffers["pool_a"], buffers["pool_b"], buffers["slot_rank"], buffers["slot_scaling"]  # type: ignore[return-value]
 
     @torch.no_grad()
-    def write(self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        """Fill a slot.
+    def write(
+        self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float, lora_bias: Tensor | None = None
+    ) -> None:
+        """Fill a slot. Other slots' bytes are not touched, so forwards that use them may be running.
 
         Args:
             slot: index in ``[0, num_slots)``.
             lora_a: ``[rank, in_features]``, rank at most ``max_rank``; cast to the pool's dtype.
             lora_b: ``[out_features, rank]``.
             scaling: multiplies the product.
+            lora_bias: ``[out_features]``, added as ``scaling * lora_bias``, or None.
         Raises:
             ValueError: slot out of range, rank above ``max_rank``, or shapes that do not fit the layer.
         """
@@ -80,17 +85,46 @@ class AdapterPool(nn.Module):
                 f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
             )
         start = slot * self.max_rank
-        self.slot_rank[slot] = 0  # a reader that came too early sees an empty slot, not half of one
-        self.pool_a[start : start + rank].copy_(lora_a)
-        self.pool_b[start : start + rank].copy_(lora_b.t())
-        self.slot_scaling[slot] = scaling
-        self.slot_rank[slot] = rank
+        # Through .data: a backward that saved these buffers holds the slots it needs, so it must not be told that they
+        # changed.
+        with torch.inference_mode(False):
+            self.leave_inference_mode()
+            self.slot_rank.data[slot] = 0  # a reader that came too early sees an empty slot, not half of one
+            self._write_a(start, rank, lora_a)
+            self.pool_b.data[start : start + rank].copy_(lora_b.t())
+            self.slot_scaling.data[slot] = scaling
+            self._write_bias(slot, lora_bias)
+            self.slot_rank.data[slot] = rank
+
+    def _write_a(self, start: int, rank: int, lora_a: Tensor) -> None:
+        self.pool_a.data[start : start + rank].copy_(lora_a)
+
+    def _write_bias(self, slot: int, lora_bias: Tensor | None) -> None:
+        if self.slot_bias is None:
+            if lora_bias is None:
+                return
+            self.slot_bias = self.pool_b.new_zeros(self.num_slots, self.out_features)
+        if lora_bias is None:
+            self.slot_bias.data[slot] = 0
+        else:
+            self.slot_bias.data[slot].copy_(lora_bias)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Empty a slot: rank 0, no work."""
-        self.slot_rank[slot] = 0
-        self.slot_scaling[slot] = 0.0
+        with torch.inference_mode(False):
+            self.leave_inference_mode()
+            self.slot_rank.data[slot] = 0
+            self.slot_scaling.data[slot] = 0.0
+            self._write_bias(slot, None)
+
+    def leave_inference_mode(self) -> None:
+        """Replace buffers that ``.to()`` made inside ``inference_mode`` by ordinary copies, which can be written."""
+        with torch.inference_mode(False):
+            for name, t in self._buffers.items():
+                if t is not None and t.is_inference():
+                    copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                    self._buffers[name] = copy.copy_(t)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scaling = self.slot_scaling
@@ -104,3 +138,33 @@ class AdapterPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots={self.num_slots}, max_rank={self.max_rank}, in={self.in_features}, out={self.out_features}"
+
+
+class EmbeddingPool(AdapterPool):
+    """Slots of an embedding: ``embedding_a [num_embeddings, num_slots * max_rank]`` holds A, a column per rank.
+
+    A token's row of A *is* its shrink, so a lookup replaces the product; ``pool_a [num_slots * max_rank, max_rank]``
+    is an identity per slot, which makes the expand a plain ``multi_lora`` over the gathered ``[num_pairs, max_rank]``.
+    """
+
+    embedding_a: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_rank: int,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(num_slots, max_rank, max_rank, embedding_dim, dtype, device)
+        self.in_features = num_embeddings
+        with torch.no_grad():
+            self.pool_a.view(num_slots, max_rank, max_rank).diagonal(dim1=1, dim2=2).fill_(1)
+        columns = torch.zeros(num_embeddings, num_slots * max_rank, dtype=dtype, device=device)
+        self.register_buffer("embedding_a", columns, persistent=False)
+
+    def _write_a(self, start: int, rank: int, lora_a: Tensor) -> None:
+        self.embedding_a.data[:, start : start + rank].copy_(lora_a.t())
+        # ranks above the new one still hold an earlier adapter's columns; slot_rank keeps them out of every product

@@ -141,7 +141,7 @@ class Routing:
         device: torch.device | None = None,
         leases: tuple[Any, ...] = (),
     ) -> Routing:
-        """A few (sample, slot, weight) triples, each standing for all rows of its sample. Built on the host, then moved.
+        """A few (sample, slot, weight) triples, each for all rows of its sample; built on the host, then moved.
 
         Args:
             samples, slots: ``[num_pairs]`` int64, sorted by slot, then sample; a sample may appear several times.

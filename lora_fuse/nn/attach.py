@@ -1,0 +1,433 @@
+"""Put adapters into a model and take them out again: plan everything first, then change the model without failing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lora_fuse.adapters.lora import LoraAdapter
+from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.nn import bypass, generate, heads
+from lora_fuse.nn.linear import AdaptedModule
+from lora_fuse.nn.plan import Plan, plan
+from lora_fuse.nn.selection import SelectionLike, parse_selection
+from lora_fuse.nn.serving import Context, Serving, batched_input
+from lora_fuse.nn.traced import pin, unpin
+
+_WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class AttachedAdapter:
+    """What ``adapters()`` says about one adapter.
+
+    Args:
+        slot: where it lies now; a swap moves it.
+        rank: its largest rank.
+        nbytes: bytes of its tensors as given.
+        layers: module paths that it adapts.
+        heads: module paths that it brings a copy of.
+        source: where it came from.
+    """
+
+    slot: int
+    rank: int
+    nbytes: int
+    layers: tuple[str, ...]
+    heads: tuple[str, ...]
+    source: str
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` did to a model; kept on the model, used to undo it."""
+
+    serving: Serving
+    fallback_dtype: torch.dtype
+    layers: dict[str, AdaptedModule] = field(default_factory=dict)
+    heads: dict[str, heads.MultiHead] = field(default_factory=dict)
+    info: dict[str, AttachedAdapter] = field(default_factory=dict)
+    switched: list[bypass.Switched] = field(default_factory=list)
+    wrapped: list[tuple[nn.Module, str]] = field(default_factory=list)
+    changing: _Lock = field(default_factory=lambda: _Lock())
+
+
+class _Lock:
+    """A lock that copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
+class _Begin:
+    """Forward pre-hook of the outermost module."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            pin(self.serving, batched_input(args, kwargs))
+        else:
+            self.serving.begin(args, kwargs)
+
+
+class _End:
+    """Forward hook of the outermost module; runs after an exception too."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            unpin(self.serving)
+        else:
+            self.serving.end(output)
+
+
+def _attachment(model: nn.Module) -> Attachment:
+    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)  # what torch.compile returned
+    attachment = model.__dict__.get("lora_attachment")
+    if attachment is None:
+        raise ValueError(
+            f"model: this {type(model).__name__} has no adapters attached; call lora_fuse.attach(model, ...) first"
+        )
+    return attachment  # type: ignore[no-any-return]
+
+
+def _load(adapters: Mapping[str, Any]) -> dict[str, LoraAdapter]:
+    loaded = {}
+    for name, source in adapters.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"adapters: names are non-empty strings, got {name!r}")
+        if not isinstance(source, LoraAdapter):
+            from lora_fuse.adapters.load import load_adapter
+
+            source = load_adapter(source)
+        loaded[name] = source
+    return loaded
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Any],
+    *,
+    num_slots: int | None = None,
+    max_rank: int | None = None,
+    batch_dim: int = 0,
+) -> nn.Module:
+    """Give the model's layers slots and put the adapters there, in place. Nothing is selected yet: it computes as
+    before.
+
+    Adapted modules keep their identity, parameters, hooks and state-dict keys; only their class changes. The same
+    module reached by two paths is adapted once, under either path. A layer that shares its weight with another (a tied
+    lm_head) is adapted alone, since the weight is not touched. Factors are stored in the dtype of the weight they
+    belong to.
+
+    Args:
+        model: the outermost module, the one whose forward is called. Selections belong to it.
+        adapters: name -> ``LoraAdapter``, or whatever ``load_adapter`` takes. May be empty.
+        num_slots: how many adapters may be attached at once; default ``max(8, number given)``.
+        max_rank: largest rank that will fit; default the largest present.
+        batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``.
+    Returns:
+        ``model``.
+    Raises:
+        ValueError, TypeError: an adapter does not fit the model (offending paths are listed), a rank or the number of
+            adapters is too large, something an adapter holds cannot be served per row. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if "lora_attachment" in model.__dict__:
+        raise ValueError("model: adapters are already attached; use add_adapter, swap_adapter or remove_adapter")
+    loaded = _load(adapters)
+    if num_slots is None:
+        num_slots = max(8, len(loaded))
+    if max_rank is None:
+        max_rank = max((a.rank for a in loaded.values()), default=1) or 1
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+        raise ValueError(f"batch_dim: got {batch_dim!r}, accepted is an integer from 0")
+    for what, value in (("num_slots", num_slots), ("max_rank", max_rank)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{what}: got {value!r}, accepted is an integer from 1")
+    if len(loaded) > num_slots:
+        raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
+    serving = Serving(num_slots, max_rank, batch_dim)
+    dtype = next((t.dtype for a in loaded.values() for t in a.tensors()), torch.float32)
+    attachment = Attachment(serving, dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        planned = plan(model, loaded, {}, {}, max_rank)
+        leases = {name: serving.allocator.acquire(0) for name in loaded}
+        pools = _new_pools(planned, attachment)
+        copies = heads.new_sites(planned, model)
+        for name, adapter in loaded.items():
+            _fill(planned.adapters[name], pools, copies, leases[name].index)
+            attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
+    # From here on nothing can fail.
+    _install(model, planned, attachment, pools, copies)
+    model.register_forward_pre_hook(_Begin(serving), prepend=True, with_kwargs=True)
+    model.register_forward_hook(_End(serving), always_call=True)
+    attachment.wrapped = generate.install(model, serving)
+    model.__dict__["lora_attachment"] = attachment
+    serving.publish(leases, {name: frozenset(info.heads) for name, info in attachment.info.items()})
+    return model
+
+
+def _new_pools(planned: Plan, attachment: Attachment) -> dict[str, AdapterPool]:
+    serving = attachment.serving
+    return {
+        path: target.make_pool(module, serving.physical_slots, serving.max_rank, attachment.fallback_dtype)
+        for path, (module, target) in planned.new_layers.items()
+    }
+
+
+def _fill(fitted: Any, pools: Mapping[str, AdapterPool], copies: Mapping[str, heads.HeadCopies], slot: int) -> None:
+    """Write one adapter into a slot of every pool; layers that it does not adapt get an empty slot."""
+    for path, pool in pools.items():
+        layer = fitted.layers.get(path)
+        if layer is None:
+            pool.clear(slot)
+        else:
+            a, b = layer.lora_a, layer.lora_b
+            pool.write(slot, a.detach().flatten(1), b.detach().flatten(1), layer.scaling, layer.lora_bias)
+    for path, site in copies.items():
+        site.put(slot, fitted.heads.get(path))
+
+
+def _describe(adapter: LoraAdapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
+    fitted = planned.adapters[name]
+    return AttachedAdapter(
+        slot, adapter.rank, adapter.nbytes, tuple(fitted.layers), tuple(fitted.heads), adapter.source
+    )
+
+
+def _install(
+    model: nn.Module,
+    planned: Plan,
+    attachment: Attachment,
+    pools: Mapping[str, AdapterPool],
+    copies: Mapping[str, heads.HeadCopies],
+) -> None:
+    for path, (module, target) in planned.new_layers.items():
+        own_forward = module.__dict__.pop("forward", None)
+        if own_forward is not None:
+            module.__dict__["lora_base_forward"] = own_forward
+        module.__dict__["lora_fit"] = target.fit
+        _adapt(module, target.adapted, attachment.serving, path, lora_pool=pools[path])
+        attachment.layers[path] = cast(AdaptedModule, module)
+    for path, (module, adapted) in planned.new_heads.items():
+        own_forward = module.__dict__.pop("forward", None)
+        if own_forward is not None:
+            module.__dict__["lora_base_forward"] = own_forward
+        _adapt(module, adapted, attachment.serving, path, lora_heads=copies[path])
+        attachment.heads[path] = cast(heads.MultiHead, module)
+    attachment.switched += bypass.switch_off(model, planned.new_layers)
+
+
+def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: str, **children: nn.Module) -> None:
+    for name, child in children.items():
+        child.train(module.training)
+        module._modules[name] = child
+    module.__dict__["lora_serving"], module.__dict__["lora_path"] = serving, path
+    module.__class__ = adapted  # last: a forward on another thread finds everything in place
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take all adapters out: classes, attributes, hooks and flags are what they were, parameters were never touched.
+
+    Raises:
+        ValueError: nothing is attached, or something (a parametrization) changed an adapted module's class since;
+            nothing is changed then.
+    """
+    attachment = _attachment(model)
+    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
+    for path, module in (*attachment.layers.items(), *attachment.heads.items()):
+        if "lora_base" not in type(module).__dict__:
+            raise ValueError(
+                f"model: {path} became a {type(module).__name__} after attach; undo that (for example "
+                "remove its parametrizations) before detach"
+            )
+    for module in (*attachment.layers.values(), *attachment.heads.values()):
+        module.__class__ = type(module).lora_base  # type: ignore[assignment]
+        for name in ("lora_pool", "lora_heads"):
+            module._modules.pop(name, None)
+        for name in ("lora_serving", "lora_path", "lora_fit"):
+            module.__dict__.pop(name, None)
+        own_forward = module.__dict__.pop("lora_base_forward", None)
+        if own_forward is not None:
+            module.__dict__["forward"] = own_forward
+    for hooks, kind in ((model._forward_pre_hooks, _Begin), (model._forward_hooks, _End)):
+        for key in [key for key, hook in hooks.items() if type(hook) is kind]:  # type: ignore[attr-defined]
+            for table in (hooks, model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
+                table.pop(key, None)  # type: ignore[attr-defined]
+    bypass.restore(attachment.switched)
+    generate.remove(attachment.wrapped)
+    del model.__dict__["lora_attachment"]
+    return model
+
+
+def add_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _WAIT_SECONDS) -> None:
+    """Attach one more adapter while the model may be serving.
+
+    Layers that no adapter had before get slots now, which makes compiled code that runs them compile once more.
+
+    Args:
+        name: must be new.
+        adapter: a ``LoraAdapter``, or whatever ``load_adapter`` takes.
+        timeout: seconds to wait for a slot that running forwards still hold.
+    Raises:
+        ValueError: the name is taken, all slots are, or the adapter does not fit; nothing is changed.
+        RuntimeError: no slot became free in time; nothing is changed.
+    """
+    attachment = _attachment(model)
+    loaded = _load({name: adapter})
+    with attachment.changing:
+        taken = attachment.serving.published.leases
+        if name in taken:
+            raise ValueError(f"name: {name!r} is attached already; swap_adapter replaces it")
+        if len(taken) >= attachment.serving.num_slots:
+            raise ValueError(
+                f"adapters: all {attachment.serving.num_slots} slots are taken by {sorted(taken)}; remove one, or "
+                "attach "
+                "with a larger num_slots"
+            )
+        _put(model, attachment, name, loaded, timeout)
+
+
+def swap_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _WAIT_SECONDS) -> None:
+    """Replace an adapter under its name. Forwards that are running finish with the old one.
+
+    The new factors go into a spare slot, then the name changes over in one step; ``adapter_slots`` tells the new slot.
+
+    Args:
+        name: an attached adapter.
+        adapter: what to put there.
+        timeout: seconds to wait for the spare slot, if running forwards (or graphs awaiting their backward) still hold
+            it.
+    Raises:
+        ValueError: nothing of that name is attached, or the new adapter does not fit; nothing is changed.
+        RuntimeError: the spare slot did not become free in time; nothing is changed.
+    """
+    attachment = _attachment(model)
+    loaded = _load({name: adapter})
+    with attachment.changing:
+        attachment.serving.published.lease(name)
+        _put(model, attachment, name, loaded, timeout)
+
+
+def _put(
+    model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[str, LoraAdapter], timeout: float
+) -> None:
+    serving = attachment.serving
+    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
+    with torch.inference_mode(False), torch.no_grad():
+        widths = {
+            path: {n: size for n, size in widths.items() if n not in (None, name)}
+            for path, widths in heads.sizes(attachment.heads, serving.published).items()
+        }
+        planned = plan(model, loaded, attachment.layers, widths, serving.max_rank)  # type: ignore[arg-type]
+        lease = serving.allocator.acquire(timeout)
+        pools = _new_pools(planned, attachment)
+        copies = heads.new_sites(planned, model)
+        old_pools = {path: module.lora_pool for path, module in attachment.layers.items()}
+        old_copies = {path: module.lora_heads for path, module in attachment.heads.items()}
+        _fill(planned.adapters[name], {**old_pools, **pools}, {**old_copies, **copies}, lease.index)
+    _install(model, planned, attachment, pools, copies)
+    info = _describe(loaded[name], planned, name, lease.index)
+    attachment.info = {**attachment.info, name: info}
+    published = serving.published
+    serving.publish({**published.leases, name: lease}, {**published.heads, name: frozenset(info.heads)})
+    heads.prune(attachment.heads.values(), serving)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take one adapter out. Forwards that are running finish with it.
+
+    A selection that still names it (the default, or a ``use_adapters`` block) makes the next forward under it a
+    ``ValueError``.
+
+    Raises:
+        ValueError: nothing of that name is attached.
+    """
+    attachment = _attachment(model)
+    with attachment.changing:
+        serving = attachment.serving
+        published = serving.published
+        published.lease(name)
+        attachment.info = {n: info for n, info in attachment.info.items() if n != name}
+        serving.publish(
+            {n: lease for n, lease in published.leases.items() if n != name},
+            {n: paths for n, paths in published.heads.items() if n != name},
+        )
+        del published
+        heads.prune(attachment.heads.values(), serving)
+
+
+def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
+    """What is attached: name -> slot, rank, bytes, module paths."""
+    return dict(_attachment(model).info)
+
+
+def adapter_slots(model: nn.Module) -> dict[str, int]:
+    """Name -> slot, as a tensor selection wants it. A swap moves an adapter to another slot."""
+    return {name: lease.index for name, lease in _attachment(model).serving.published.leases.items()}
+
+
+@contextmanager
+def use_adapters(model: nn.Module, selection: SelectionLike) -> Iterator[None]:
+    """Select adapters for the forwards that the calling thread makes until exit.
+
+    Args:
+        model: an attached model.
+        selection: one entry for every row, a list with an entry per sample, or an int32 tensor ``[num_tokens]`` of
+            slots (-1 = base). An entry is a name, None (base), or ``{name: weight, ...}``.
+    Raises:
+        ValueError, TypeError: an unknown name (those attached are listed), a weight that is not finite, a slot that
+            holds no adapter (its row is named). A list of the wrong length is refused by the forward, which says both
+            lengths.
+    """
+    serving = _attachment(model).serving
+    context: Context = serving.enter(parse_selection(selection, serving.published, serving.physical_slots))
+    try:
+        yield
+    finally:
+        serving.leave(context)
+
+
+def set_adapters(model: nn.Module, selection: SelectionLike) -> None:
+    """Set the model's default selection, seen by every thread that is not inside ``use_adapters``. Weights never
+    change.
+
+    Args and Raises: as ``use_adapters``.
+    """
+    serving = _attachment(model).serving
+    serving.default = Context(parse_selection(selection, serving.published, serving.physical_slots))
+
+
+def attached_layers(model: nn.Module) -> dict[str, AdaptedModule]:
+    """The layers that have slots, by module path."""
+    return dict(_attachment(model).layers)
+
+
+def head_sizes(model: nn.Module) -> dict[str, dict[str | None, int]]:
+    """Module path -> {adapter name: width of its head, None: width of the base model's head}.
+
+    Adapters that bring no copy of a module are left out there; their rows use the base model's.
+    """
+    attachment = _attachment(model)
+    return heads.sizes(attachment.heads, attachment.serving.published)

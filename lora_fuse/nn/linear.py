@@ -1,0 +1,170 @@
+"""Linear layers with slots: ``y[row] = W x[row] + bias + sum of weight * scaling * B (A x[row])`` over its adapters."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.adapters.routing import Routing
+from lora_fuse.functional import multi_lora
+from lora_fuse.nn.serving import Serving
+from lora_fuse.nn.traced import traced_routing
+
+
+def add_lora(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing, fresh: bool) -> Tensor:
+    """``y[row] += weight * scaling * (B (A x[row]) + lora_bias)``; rows without an adapter keep their bits.
+
+    Args:
+        y: ``[..., out_features]``, the bare layer's output.
+        x: ``[..., in_features]``, the same leading dimensions.
+        fresh: nobody else sees ``y``, so it may be written into (when no gradient is wanted).
+    """
+    if fresh and not y.requires_grad and x.dtype is y.dtype:
+        multi_lora(x, pool, routing, out=y)
+    else:
+        y = y - _negated(x, y, pool, routing)
+    if pool._buffers["slot_bias"] is not None:
+        y = add_bias(y, pool, routing.rows, routing.weights, pair_slots(routing.segment_starts, routing.rows))
+    return y
+
+
+def pair_slots(segment_starts: Tensor, rows: Tensor) -> Tensor:
+    """``[num_pairs]`` int64, the slot of each pair; traceable."""
+    return torch.searchsorted(segment_starts[1:], torch.arange(rows.shape[0], device=rows.device), right=True)
+
+
+def _negated(x: Tensor, y: Tensor, pool: AdapterPool, routing: Routing) -> Tensor:
+    """Minus the LoRA part. ``y - 0.0`` has the bits of ``y`` even where that is -0.0; ``y + 0.0`` has not."""
+    x = x.neg()
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(pool.pool_a.device, pool.pool_a.dtype)
+    return multi_lora(x, pool, routing).to(y.device, y.dtype)
+
+
+def add_bias(y: Tensor, pool: AdapterPool, rows: Tensor, weights: Tensor | None, slots: Tensor) -> Tensor:
+    """``y[row] += weight * scaling * lora_bias`` over the row's pairs, out of place."""
+    assert pool.slot_bias is not None
+    scale = pool.slot_scaling[slots]
+    if weights is not None:
+        scale = scale * weights
+    delta = pool.slot_bias[slots].float() * scale[:, None]  # [pairs, out_features]
+    flat = y.reshape(-1, y.shape[-1])
+    return flat.index_add(0, rows.to(y.device), delta.to(y.device, y.dtype)).view(y.shape)
+
+
+def add_lora_traced(y: Tensor, x: Tensor, pool: AdapterPool, serving: Serving) -> Tensor:
+    """``add_lora`` for code that is being compiled."""
+    rows, weights, segment_starts, row_starts, row_pairs = traced_routing(serving, x)
+    factors = (pool.pool_a, pool.pool_b, pool.slot_rank, pool.slot_scaling)
+    routing = (rows, weights, segment_starts, row_starts, row_pairs)
+    y = y - torch.ops.lora_fuse.multi_lora(x.neg().to(pool.pool_a.dtype), *factors, *routing).to(y.dtype)
+    if pool.slot_bias is not None:
+        y = add_bias(y, pool, rows, weights, pair_slots(segment_starts, rows))
+    return y
+
+
+class AdaptedModule(nn.Module):
+    """What every layer that was given slots has; a module gets it by a change of class, so its identity stays."""
+
+    lora_base: type[nn.Module] = nn.Module  # the class to go back to
+    lora_serving: Serving
+    lora_path: str
+    lora_pool: AdapterPool
+
+    def _slots_repr(self) -> str:
+        return f"slots={self.lora_serving.num_slots}, max_rank={self.lora_serving.max_rank}"
+
+    def extra_repr(self) -> str:
+        base = super().extra_repr()
+        return f"{base}, {self._slots_repr()}" if base else self._slots_repr()
+
+
+class MultiLoRALinear(AdaptedModule, nn.Linear):
+    """An ``nn.Linear`` whose rows may each use adapters of their own. Made by ``lora_fuse.attach``."""
+
+    lora_base = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if torch.compiler.is_compiling():
+            return add_lora_traced(y, x, self.lora_pool, self.lora_serving)
+        routing = self.lora_serving.routing(x, self.lora_path)
+        if routing is None:
+            return y
+        return add_lora(y, x, self._modules["lora_pool"], routing, True)  # type: ignore[arg-type]
+
+
+class WrappedLinear(AdaptedModule):
+    """Any Linear-like module: its own forward runs, the LoRA part is added to what it returns.
+
+    Mixed into the module's class by ``wrapped_class``. A ``forward`` that the instance itself had (accelerate's hooks
+    put one there) is kept as ``lora_base_forward`` and called in place of the class's.
+    """
+
+    lora_fresh = False  # whether the wrapped forward's result may be written into
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base_forward = self.__dict__.get("lora_base_forward")
+        y = super().forward(x, *args, **kwargs) if base_forward is None else base_forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return add_lora_traced(y, x, self.lora_pool, self.lora_serving)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{self.lora_path}: its forward returned {type(y).__name__}, a Linear-like module returns a Tensor"
+            )
+        pool = self.lora_pool
+        if x.device != pool.pool_a.device:  # an offloading hook moved the input inside the wrapped forward
+            x = x.to(pool.pool_a.device)
+        routing = self.lora_serving.routing(x, self.lora_path)
+        if routing is None:
+            return y
+        return add_lora(y, x, pool, routing, self.lora_fresh and base_forward is None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuildable(type(self), super().__reduce_ex__(protocol))
+
+
+class PermutedLinear(WrappedLinear):
+    """A Linear in an expert: its rows are the tokens routed to that expert, so only a selection of one entry fits."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            snapshot, _ = self.lora_serving.current()
+            if snapshot.kind != "uniform" and not snapshot.base:
+                raise ValueError(
+                    f"{self.lora_path}: an expert sees its own choice of tokens, so it cannot tell which sample a row "
+                    "belongs to; select one entry for the whole batch"
+                )
+        return super().forward(x, *args, **kwargs)
+
+
+_WRAPPED: dict[tuple[type, type, bool], type[AdaptedModule]] = {}
+
+
+def wrapped_class(mixin: type[AdaptedModule], base: type[nn.Module], fresh: bool = False) -> type[AdaptedModule]:
+    """The subclass of ``base`` that runs as ``mixin`` says; one per pair."""
+    made = _WRAPPED.get((mixin, base, fresh))
+    if made is None:
+        names = {"lora_base": base, "lora_mixin": mixin, "lora_fresh": fresh, "__module__": __name__}
+        made = type(f"MultiLoRA{base.__name__}", (mixin, base), names)
+        made = _WRAPPED.setdefault((mixin, base, fresh), made)
+    return made
+
+
+def rebuildable(cls: type[nn.Module], reduced: Any) -> Any:
+    """Make a wrapped instance's reduction independent of its class, which pickle cannot find by name."""
+    func, args, *rest = reduced
+    if func is copyreg.__newobj__ and args[:1] == (cls,):  # type: ignore[attr-defined]
+        mixin, base, fresh = cls.lora_mixin, cls.lora_base, cls.lora_fresh  # type: ignore[attr-defined]
+        return (_rebuild, (mixin, base, fresh, *args[1:]), *rest)
+    return reduced
+
+
+def _rebuild(mixin: type[AdaptedModule], base: type[nn.Module], fresh: bool, *args: Any) -> nn.Module:
+    cls = wrapped_class(mixin, base, fresh)
+    return cls.__new__(cls, *args)  # type: ignore[call-overload,no-any-return]

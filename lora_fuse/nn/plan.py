@@ -1,0 +1,174 @@
+"""Everything about an attach or an add that can be refused, found out before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
+from lora_fuse.nn import heads
+from lora_fuse.nn.targets import Fit, Target, target_of
+
+_LISTED = 10
+
+
+@dataclass
+class Fitted:
+    """One adapter under the model's canonical paths."""
+
+    layers: dict[str, LoraLayer] = field(default_factory=dict)
+    heads: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """What will be done: modules that get slots or head copies, and where each adapter's tensors go."""
+
+    new_layers: dict[str, tuple[nn.Module, Target]] = field(default_factory=dict)
+    new_heads: dict[str, tuple[nn.Module, type[nn.Module]]] = field(default_factory=dict)
+    adapters: dict[str, Fitted] = field(default_factory=dict)
+
+
+def plan(
+    model: nn.Module,
+    adapters: Mapping[str, LoraAdapter],
+    layers: Mapping[str, nn.Module],
+    head_widths: Mapping[str, Mapping[str, int]],
+    max_rank: int,
+) -> Plan:
+    """Fit adapters to a model.
+
+    Args:
+        layers: what has slots already, by canonical path.
+        head_widths: what has head copies already, and the widths of those that will stay, by adapter.
+    Raises:
+        ValueError: naming the adapter, up to ten offending paths with the reason, and the nearest names that exist.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    canonical: dict[int, str] = {}
+    for path, module in modules.items():
+        canonical.setdefault(id(module), path)
+    fits: dict[str, Fit] = {path: module.lora_fit for path, module in layers.items()}  # type: ignore[misc]
+    result = Plan()
+    for name, adapter in adapters.items():
+        _refuse_unservable(name, adapter)
+        fitted, offenders = Fitted(), []
+        for path, layer in adapter.layers.items():
+            module = modules.get(path)
+            home = path if module is None else canonical[id(module)]
+            why = None
+            if module is None:
+                why = _no_such_module(model, path, modules)
+            elif home in fitted.layers:
+                why = f"is the same module as {home}, and the adapter has factors for both"
+            else:
+                if home not in fits:
+                    target = target_of(module, home, modules.get(home.rpartition(".")[0]))
+                    if isinstance(target, str):
+                        offenders.append(f"{path}: {target}")
+                        continue
+                    fits[home] = target.fit
+                    result.new_layers[home] = (module, target)
+                why = _misfit(layer, *fits[home])
+            if why is not None:
+                offenders.append(f"{path}: {why}")
+                continue
+            if layer.rank > max_rank:
+                raise ValueError(f"adapter {name!r}: {path} has rank {layer.rank}, which exceeds max_rank {max_rank}")
+            fitted.layers[home] = layer
+        for path, tensors in adapter.modules_to_save.items():
+            module = modules.get(path)
+            if module is None:
+                offenders.append(f"{path}: {_no_such_module(model, path, modules)}")
+                continue
+            home = canonical[id(module)]
+            why = heads.misfit(module, tensors)
+            if why is not None:
+                offenders.append(f"{path}: {why}")
+                continue
+            fitted.heads[home] = tensors
+            if home not in head_widths and home not in result.new_heads:
+                result.new_heads[home] = (module, heads.head_class(module))
+        if offenders:
+            shown = "\n  ".join(offenders[:_LISTED])
+            more = f"\n  and {len(offenders) - _LISTED} more" if len(offenders) > _LISTED else ""
+            raise ValueError(
+                f"adapter {name!r} ({adapter.source}) does not fit this model, {len(offenders)} of "
+                f"{len(adapter.layers) + len(adapter.modules_to_save)} modules:\n  {shown}{more}"
+            )
+        result.adapters[name] = fitted
+    _refuse_overlaps([*fits], [*head_widths, *result.new_heads])
+    heads.refuse_mixed_kinds(result.adapters, modules, head_widths)
+    return result
+
+
+def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
+    if not isinstance(adapter, LoraAdapter):
+        raise TypeError(f"adapter {name!r}: expected a LoraAdapter, got {type(adapter).__name__}")
+    dora = [path for path, layer in adapter.layers.items() if layer.magnitude is not None]
+    if dora:
+        raise ValueError(
+            f"adapter {name!r}: {dora[0]} and {len(dora) - 1} more layers are DoRA, whose norm depends on the whole "
+            "weight and "
+            "cannot be served row by row; merge it into the weights with lora_fuse.fuse"
+        )
+    if adapter.base_biases:
+        raise ValueError(
+            f"adapter {name!r}: it replaces biases of the base model (PEFT's bias='all' or 'lora_only'; "
+            f"{next(iter(adapter.base_biases))} and {len(adapter.base_biases) - 1} more), which cannot be served row "
+            "by row"
+        )
+    if adapter.trainable_tokens:
+        raise ValueError(
+            f"adapter {name!r}: it replaces embedding rows (trainable_token_indices of "
+            f"{sorted(adapter.trainable_tokens)}), which cannot be served row by row"
+        )
+    if not adapter.layers and not adapter.modules_to_save:
+        raise ValueError(f"adapter {name!r}: it has no layers")
+    for path, layer in adapter.layers.items():
+        if not all(bool(torch.isfinite(t).all()) for t in layer.tensors()):
+            raise ValueError(f"adapter {name!r}: {path} has factors that are not finite")
+
+
+def _no_such_module(model: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> str:
+    parent, _, leaf = path.rpartition(".")
+    owner = modules.get(parent)
+    parameter = None if owner is None else owner._parameters.get(leaf)
+    if parameter is not None:
+        kind = "a stack of expert weights" if parameter.dim() == 3 else "a parameter"
+        return f"is {kind} {list(parameter.shape)}, not a module; adapters on bare parameters are not supported"
+    near = difflib.get_close_matches(path, [p for p in modules if p], n=2)
+    return "no such module" + (f", nearest: {', '.join(near)}" if near else "")
+
+
+def _misfit(layer: LoraLayer, kind: LayerKind, weight_shape: tuple[int, ...]) -> str | None:
+    if layer.kind != kind:
+        return f"the adapter's factors are for {layer.kind}, the module is {kind}"
+    a, b = layer.lora_a.flatten(1), layer.lora_b.flatten(1)
+    if a.shape[0] != b.shape[1]:
+        return f"lora_a has rank {a.shape[0]}, lora_b has rank {b.shape[1]}"
+    if layer.weight_shape != weight_shape:
+        return f"the adapter's delta has shape {list(layer.weight_shape)}, the weight {list(weight_shape)}"
+    if layer.lora_bias is not None and tuple(layer.lora_bias.shape) != (b.shape[0],):
+        return f"lora_bias has shape {list(layer.lora_bias.shape)}, expected [{b.shape[0]}]"
+    if layer.lora_bias is not None and kind == "embedding":
+        return "an embedding has no lora_bias"
+    return None
+
+
+def _refuse_overlaps(layers: list[str], head_paths: list[str]) -> None:
+    for head in head_paths:
+        for path in layers:
+            if path == head or path.startswith(f"{head}.") or head == "":
+                raise ValueError(
+                    f"{path}: one adapter has LoRA factors here, another a full copy of {head} (modules_to_save); "
+                    "these two "
+                    "cannot be mixed in one model"
+                )
+        for other in head_paths:
+            if other != head and other.startswith(f"{head}."):
+                raise ValueError(f"{other} and {head}: one is inside the other, and adapters have full copies of both")

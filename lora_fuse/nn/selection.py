@@ -1,0 +1,269 @@
+"""What a caller selects: parsed from names, resolved to slots, laid out over the rows of a layer's input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_fuse.adapters.routing import Routing
+from lora_fuse.nn.leases import SlotLease
+
+Entry = tuple[tuple[str, float], ...]  # (name, weight) pairs; () is the base model
+EntryLike: TypeAlias = str | Mapping[str, float] | None
+SelectionLike: TypeAlias = EntryLike | list[EntryLike] | tuple[EntryLike, ...] | Tensor
+
+_ACCEPTED = "a name, None for the base model, or a mapping of names to weights"
+_MAX_CACHED = 64
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A selection in one form.
+
+    Args:
+        kind: one entry for all rows, an entry per sample, or a slot per token.
+        entries: the entries (one when uniform, none when per token).
+        tokens: ``[num_tokens]`` int64 on the CPU, a private copy.
+        tenants: serial of the lease that each slot in ``tokens`` had when the selection was made.
+    """
+
+    kind: Literal["uniform", "samples", "tokens"]
+    entries: tuple[Entry, ...] = ()
+    tokens: Tensor | None = None
+    tenants: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """One consistent view of what is attached; replaced as a whole, never changed."""
+
+    leases: Mapping[str, SlotLease]
+    heads: Mapping[str, frozenset[str]]  # adapter -> module paths that it brings a copy of
+
+    def lease(self, name: str) -> SlotLease:
+        lease = self.leases.get(name)
+        if lease is None:
+            raise ValueError(f"selection: no adapter {name!r} is attached; attached are {sorted(self.leases)}")
+        return lease
+
+
+def parse_selection(selection: Any, published: Published, num_slots: int) -> Selection:
+    """Check a selection's form and its names.
+
+    Raises:
+        ValueError, TypeError: naming the entry and what is accepted.
+    """
+    if isinstance(selection, Tensor):
+        parsed = _parse_tokens(selection, published, num_slots)
+    elif isinstance(selection, (list, tuple)):
+        known: dict[str, Entry] = {}
+        entries = []
+        for i, entry in enumerate(selection):
+            if type(entry) is str:
+                if entry not in known:
+                    known[entry] = _parse_entry(entry, f"selection[{i}]")
+                entries.append(known[entry])
+            else:
+                entries.append(_parse_entry(entry, f"selection[{i}]"))
+        parsed = Selection("samples", tuple(entries))
+    else:
+        parsed = Selection("uniform", (_parse_entry(selection, "selection"),))
+    for entry in set(parsed.entries):
+        for name, _ in entry:
+            published.lease(name)
+    return parsed
+
+
+def _parse_entry(entry: Any, where: str) -> Entry:
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return ((entry, 1.0),)
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"{where}: got {type(entry).__name__}, accepted is {_ACCEPTED}")
+    pairs = []
+    for name, weight in entry.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: adapter names are strings, got {name!r}")
+        if isinstance(weight, (bool, str)):
+            raise TypeError(f"{where}[{name!r}]: a weight is a finite number, got {weight!r}")
+        try:
+            value = float(weight)
+        except (TypeError, ValueError):
+            raise TypeError(f"{where}[{name!r}]: a weight is a finite number, got {weight!r}") from None
+        if not math.isfinite(value) or abs(value) > torch.finfo(torch.float32).max:
+            raise ValueError(f"{where}[{name!r}]: a weight is a finite fp32 number, got {weight!r}")
+        pairs.append((name, value))
+    return tuple(pairs)
+
+
+def _parse_tokens(slots: Tensor, published: Published, num_slots: int) -> Selection:
+    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"selection: a tensor of slots is 1-d int32, one slot per token, got {slots.dtype} with shape "
+            f"{tuple(slots.shape)}"
+        )
+    tokens = slots.detach().to("cpu", torch.int64, copy=True)
+    tenants = {lease.index: lease.serial for lease in published.leases.values()}
+    values = np.unique(tokens.numpy())
+    for slot in values.tolist():
+        if slot != -1 and slot not in tenants:
+            row = int((tokens == slot).nonzero()[0])
+            held = {name: lease.index for name, lease in published.leases.items()}
+            what = "holds no adapter" if 0 <= slot < num_slots else "is out of range"
+            raise ValueError(
+                f"selection: row {row} asks for slot {slot}, which {what}; accepted are -1 (base) and {held}"
+            )
+    return Selection("tokens", (), tokens, tuple((slot, tenants[slot]) for slot in values.tolist() if slot != -1))
+
+
+class Snapshot:
+    """A selection resolved against one published view: slots instead of names, leases held.
+
+    Args:
+        selection: what was asked for.
+        published: the view that turns names into slots.
+        num_slots: physical slots of the pools.
+        expand: every sample stands for this many consecutive rows of the batch (beams, returned sequences).
+        batch_dim: batch axis of a layer's input.
+    Raises:
+        ValueError: a name is no longer attached, a token's slot changed hands, or two heads would claim one sample.
+    """
+
+    __slots__ = ("base", "batch_dim", "caches", "entry_slots", "kind", "leases", "num_samples", "num_slots", "samples",
+                 "slots", "tokens", "weights")  # fmt: skip
+
+    def __init__(
+        self, selection: Selection, published: Published, num_slots: int, expand: int = 1, batch_dim: int = 0
+    ) -> None:
+        self.kind, self.num_slots, self.batch_dim = selection.kind, num_slots, batch_dim
+        self.caches: dict[int | None, dict[Any, Routing]] = {}
+        self.tokens = selection.tokens
+        if self.tokens is not None:
+            self._resolve_tokens(selection, published)
+            return
+        entries = selection.entries
+        resolved = {entry: tuple((published.lease(n), w) for n, w in entry) for entry in set(entries)}
+        for entry in resolved:
+            _refuse_two_heads(entry, published)
+        repeat = expand if self.kind == "samples" else 1
+        self.num_samples = len(entries) * repeat
+        pairs = [
+            (lease.index, sample, weight)
+            for i, entry in enumerate(entries)
+            for sample in range(i * repeat, (i + 1) * repeat)
+            for lease, weight in resolved[entry]
+        ]
+        pairs.sort()
+        self.slots = np.array([p[0] for p in pairs], np.int64)
+        self.samples = np.array([p[1] for p in pairs], np.int64)
+        plain = all(p[2] == 1.0 for p in pairs)
+        self.weights = None if plain else np.array([p[2] for p in pairs], np.float32)
+        self.leases = tuple({lease.index: lease for e in resolved.values() for lease, _ in e}.values())
+        self.entry_slots = tuple(
+            slots for e in entries for slots in [tuple(lease.index for lease, _ in resolved[e])] * repeat
+        )
+        self.base = not pairs
+
+    def _resolve_tokens(self, selection: Selection, published: Published) -> None:
+        assert self.tokens is not None
+        by_slot = {lease.index: lease for lease in published.leases.values()}
+        for slot, serial in selection.tenants:
+            if slot not in by_slot or by_slot[slot].serial != serial:
+                row = int((self.tokens == slot).nonzero()[0])
+                raise ValueError(
+                    f"selection: row {row} asks for slot {slot}, whose adapter was swapped or removed since the "
+                    "selection "
+                    "was made; read adapter_slots() again"
+                )
+        self.num_samples = int(self.tokens.shape[0])
+        self.slots = self.samples = np.zeros(0, np.int64)
+        self.weights = None
+        self.leases = tuple(by_slot[slot] for slot, _ in selection.tenants)
+        self.entry_slots = ()
+        self.base = not selection.tenants
+
+    def cache(self, seq: int | None) -> dict[Any, Routing]:
+        """Routings built so far for forwards of this sequence length (None: not known), by input shape and device."""
+        cache = self.caches.get(seq)
+        if cache is None:
+            if len(self.caches) >= _MAX_CACHED:
+                self.caches.clear()
+            cache = self.caches[seq] = {}
+        return cache
+
+    def lead(self, shape: tuple[int, ...], seq: int | None, path: str) -> tuple[int, int, int]:
+        """``(outer, num_samples, inner)`` for an input whose leading dimensions are ``shape``.
+
+        Raises:
+            ValueError: the batch axis is not where it should be; the module's path is named.
+        """
+        rows = math.prod(shape)
+        if self.kind == "uniform":
+            return 1, 1, rows
+        n, axis = self.num_samples, self.batch_dim
+        if self.kind == "tokens":
+            if rows != n:
+                raise ValueError(
+                    f"{path}: the selection has a slot for each of {n} tokens, this input has {rows} rows "
+                    f"(leading dimensions {list(shape)})"
+                )
+            return 1, n, 1
+        if axis < len(shape) and shape[axis] == n:
+            return math.prod(shape[:axis]), n, math.prod(shape[axis + 1 :])
+        if shape and seq is not None and shape[0] == n * seq:  # [batch * seq, ...], or [seq * batch, ...]
+            inner = math.prod(shape[1:])
+            return (1, n, seq * inner) if axis == 0 else (seq, n, inner)
+        if len(shape) == 1 and shape[0] == n:  # [batch, features] in a model with batch_dim=1
+            return 1, n, 1
+        flat = "" if seq is None else f", nor [batch * seq, ...] = [{n * seq}, ...]"
+        want = "[" + "seq, " * axis + f"batch = {n}, ...]"
+        raise ValueError(
+            f"{path}: the selection has {n} samples, but this input's leading dimensions {list(shape)} are neither "
+            f"{want}"
+            f"{flat}; select one entry for the whole batch, give a slot per token, or attach with batch_dim="
+        )
+
+    def routing(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
+        """The routing of an input with these leading dimensions; built once, then shared by all layers."""
+        cache = self.cache(seq)
+        key = (device, shape)  # layers keep (full shape, device) shortcuts beside it
+        routing = cache.get(key)
+        if routing is not None:
+            return routing
+        lead = self.lead(shape, seq, path)
+        with torch.inference_mode(False), torch.no_grad():  # it may be saved for a later backward
+            if self.kind == "tokens":
+                assert self.tokens is not None
+                routing = Routing.from_slots(self.tokens.to(device), self.num_slots, self.leases)
+            else:
+                routing = Routing.from_samples(
+                    self.samples, self.slots, self.weights, lead, self.num_slots, device, self.leases
+                )
+        # Autograd saves tensors, not this object: the slots stay on loan for as long as a graph holds the rows.
+        routing.rows.lora_leases = self.leases  # type: ignore[attr-defined]
+        if len(cache) >= _MAX_CACHED:
+            cache.clear()
+        cache[key] = routing
+        return routing
+
+
+def _refuse_two_heads(entry: Entry, published: Published) -> None:
+    if len(entry) < 2:
+        return
+    owner: dict[str, str] = {}
+    for name, _ in entry:
+        for path in published.heads.get(name, ()):
+            if path in owner:
+                raise ValueError(
+                    f"selection: a mix may contain one adapter with a head of its own, {owner[path]!r} and {name!r} "
+                    "both "
+                    f"bring a copy of {path}"
+                )
+            owner[path] = name

@@ -1,0 +1,94 @@
+"""Selections under ``torch.compile``: two ops that read the current selection at run time, so that no graph depends on
+it.
+
+Compiled code must not bake a selection in, nor be recompiled when it changes. So a compiled layer asks an opaque op
+for the routing tensors, which then flow into ``multi_lora`` (and into the saved tensors of its backward) like any
+others. When the whole model is compiled, its pre-hook pins the selection once and hands a token to the layers: all of
+them, and their recomputation in a backward, see one snapshot.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lora_fuse.nn.serving import BY_HANDLE, Serving, check_batch
+from lora_fuse.ops._library import LIBRARY
+
+if TYPE_CHECKING:
+    from lora_fuse.nn.selection import Snapshot
+
+LIBRARY.define("pin_selection(Tensor x, int handle) -> Tensor")
+LIBRARY.define("current_routing(Tensor x, Tensor? token, int handle) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+def _serving(handle: int) -> Serving:
+    serving = BY_HANDLE.get(handle)
+    if serving is None:
+        raise RuntimeError("the attached model that this code was compiled for no longer exists; compile again")
+    return serving
+
+
+def _pin(x: Tensor, handle: int) -> Tensor:
+    snapshot, seq = _serving(handle).current()
+    seq = check_batch(snapshot, x)
+    token = torch.zeros(1, dtype=torch.int64, device=x.device)
+    # Lives, and keeps the slots on loan, for as long as the token does.
+    token.lora_pinned = (snapshot, seq)  # type: ignore[attr-defined]
+    return token
+
+
+def _current(x: Tensor, token: Tensor | None, handle: int) -> tuple[Tensor, ...]:
+    serving = _serving(handle)
+    pinned: tuple[Snapshot, int | None] | None = getattr(token, "lora_pinned", None)
+    snapshot, seq = pinned or serving.current()
+    routing = snapshot.routing(tuple(x.shape[:-1]), x.device, seq, "an attached layer")
+    cache, key = snapshot.cache(seq), ("explicit", x.device, x.shape[:-1])
+    if key not in cache:
+        with torch.inference_mode(False), torch.no_grad():
+            cache[key] = routing.explicit()
+    routing = cache[key]
+    # An op's outputs are the caller's to overwrite, so they are copies.
+    fields = (routing.rows, routing.weights, routing.segment_starts, routing.row_starts, routing.row_pairs)
+    copies = tuple(t.clone() for t in fields if t is not None)
+    copies[0].lora_leases = routing.leases  # type: ignore[attr-defined]
+    return copies
+
+
+def _fake_current(x: Tensor, token: Tensor | None, handle: int) -> tuple[Tensor, ...]:
+    num_pairs = torch.library.get_ctx().new_dynamic_size()
+    num_slots = _serving(handle).physical_slots
+    num_rows = x[..., 0].numel()
+    index = x.new_empty(num_pairs, dtype=torch.int32)
+    return (
+        index,
+        x.new_empty(num_pairs, dtype=torch.float32),
+        x.new_empty(num_slots + 1, dtype=torch.int32),
+        x.new_empty(num_rows + 1, dtype=torch.int32),
+        torch.empty_like(index),
+    )
+
+
+LIBRARY.impl("pin_selection", _pin, "CompositeExplicitAutograd")
+LIBRARY.impl("current_routing", _current, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "lora_fuse::pin_selection", lambda x, handle: x.new_empty(1, dtype=torch.int64), lib=LIBRARY
+)
+torch.library.register_fake("lora_fuse::current_routing", _fake_current, lib=LIBRARY)
+
+
+def pin(serving: Serving, x: Tensor | None) -> None:
+    """Start a compiled outermost forward."""
+    serving.token = None if x is None else torch.ops.lora_fuse.pin_selection(x.detach(), serving.handle)
+
+
+def unpin(serving: Serving) -> None:
+    """End a compiled outermost forward."""
+    serving.token = None
+
+
+def traced_routing(serving: Serving, x: Tensor) -> tuple[Tensor, ...]:
+    """``(rows, weights, segment_starts, row_starts, row_pairs)`` of an input ``[..., features]``, read at run time."""
+    return torch.ops.lora_fuse.current_routing(x.detach(), serving.token, serving.handle)

@@ -1,0 +1,66 @@
+"""Small models and adapters made in memory, and the plain formula that serving is held against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fuse import LoraAdapter
+from lora_fuse.adapters.lora import LoraLayer
+
+SIZES = {"up": (24, 40), "act": None, "down": (40, 24), "out": (24, 10)}
+
+
+class Mlp(nn.Module):
+    """Three linear layers on ``[batch, ..., 24]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.down(torch.tanh(self.up(x))))
+
+
+def linear_layer(module: Any, rank: int, scaling: float = 0.5, bias: bool = False) -> LoraLayer:
+    """Random factors of a visible size for a Linear (or a Conv1D, whose weight lies the other way)."""
+    shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    out_features, in_features = shape
+    a = torch.randn(rank, in_features) / in_features**0.5
+    b = torch.randn(out_features, rank) / rank**0.5
+    return LoraLayer(a, b, scaling, lora_bias=torch.randn(out_features) if bias else None)
+
+
+def adapter(model: nn.Module, paths: Sequence[str], rank: int, **kwargs: Any) -> LoraAdapter:
+    """An adapter on these Linear layers of a model."""
+    return LoraAdapter({path: linear_layer(model.get_submodule(path), rank, **kwargs) for path in paths})
+
+
+def adapted_copy(model: nn.Module, adapters: Mapping[str, LoraAdapter], entry: Any) -> nn.Module:
+    """The model with one entry's deltas added to its weights: what every row of that entry must compute."""
+    merged = copy.deepcopy(model)
+    pairs = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
+    with torch.no_grad():
+        for name, weight in pairs.items():
+            for path, layer in adapters[name].layers.items():
+                module: Any = merged.get_submodule(path)
+                delta = layer.product()
+                if type(module).__name__ == "Conv1D":
+                    delta = delta.t()
+                module.weight += weight * delta.to(module.weight.dtype)
+                if layer.lora_bias is not None:
+                    module.bias += weight * layer.scaling * layer.lora_bias
+    return merged
+
+
+def per_row(
+    model: nn.Module, adapters: Mapping[str, LoraAdapter], entries: Sequence[Any], x: Tensor,
+    run: Callable[[nn.Module, Tensor], Tensor] = lambda m, x: m(x),
+) -> Tensor:  # fmt: skip
+    """Every sample on its own, through a model that has its entry merged in."""
+    with torch.no_grad():
+        return torch.cat([run(adapted_copy(model, adapters, e), x[i : i + 1]) for i, e in enumerate(entries)])

@@ -1,0 +1,415 @@
+"""Attach, select, detach on Linear layers: every row gets what its entry says, base rows keep their bits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+from nn_models import Mlp, adapted_copy, adapter, linear_layer, per_row
+from torch import Tensor, nn
+
+import lora_fuse as lf
+from lora_fuse import LoraAdapter
+from lora_fuse.adapters.lora import LoraLayer
+
+PATHS = ("up", "down", "out")
+
+
+@pytest.fixture
+def bare() -> Mlp:
+    return Mlp().requires_grad_(False)
+
+
+@pytest.fixture
+def adapters(bare: Mlp) -> dict[str, LoraAdapter]:
+    ranks = {"sql": 4, "math": 1, "chat": 7}
+    found = {name: adapter(bare, PATHS, rank, scaling=0.3 + rank / 10) for name, rank in ranks.items()}
+    found["part"] = adapter(bare, ("down",), 3)  # not every adapter has every layer
+    return found
+
+
+@pytest.fixture
+def model(bare: Mlp, adapters: dict[str, LoraAdapter]) -> Mlp:
+    return lf.attach(copy.deepcopy(bare), adapters)  # type: ignore[return-value]
+
+
+ENTRY_LISTS = {
+    "one-each": ["sql", "math", "chat", "part"],
+    "base-between": ["sql", None, None, "math"],
+    "all-base": [None] * 4,
+    "mix": [{"sql": 0.7, "chat": 0.3}, "math", None, {"part": -1.5}],
+    "weight-zero": [{"sql": 0.0}, {"sql": 0.0, "math": 2}, "sql", {}],
+    "same": ["chat"] * 4,
+    "three-on-a-row": [{"sql": 0.2, "math": 0.3, "chat": 0.5}] * 3 + [None],
+}
+
+
+@pytest.mark.parametrize("entries", ENTRY_LISTS.values(), ids=ENTRY_LISTS.keys())
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3)], ids=["flat", "decode", "prefill", "4d"])
+def test_every_row_gets_its_entry(model: Mlp, bare: Mlp, adapters: Any, entries: list[Any], lead: Any) -> None:
+    x = torch.randn(4, *lead, 24)
+    want = per_row(bare, adapters, entries, x)
+    with torch.no_grad(), lf.use_adapters(model, entries):
+        got = model(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    base = [i for i, entry in enumerate(entries) if not entry]
+    assert torch.equal(got[base], bare(x)[base])
+
+
+@pytest.mark.parametrize("entry", ["sql", {"sql": 0.7, "chat": 0.3}, None], ids=["name", "mix", "base"])
+def test_one_entry_for_every_row(model: Mlp, bare: Mlp, adapters: Any, entry: Any) -> None:
+    for shape in [(24,), (3, 24), (2, 5, 24), (0, 24)]:
+        x = torch.randn(shape)
+        with lf.use_adapters(model, entry):
+            got = model(x)
+        torch.testing.assert_close(got, adapted_copy(bare, adapters, entry)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_slot_per_token(model: Mlp, bare: Mlp, adapters: Any) -> None:
+    slots = lf.adapter_slots(model)
+    entries = ["sql", None, "chat", "chat", "math", None]
+    tokens = torch.tensor([-1 if e is None else slots[e] for e in entries], dtype=torch.int32)
+    x = torch.randn(6, 24)
+    with lf.use_adapters(model, tokens):
+        flat, shaped = model(x), model(x.view(2, 3, 24))
+    torch.testing.assert_close(flat, per_row(bare, adapters, entries, x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(shaped.view(6, 10), flat)
+    with lf.use_adapters(model, torch.full((6,), -1, dtype=torch.int32)):
+        assert torch.equal(model(x), bare(x))
+    with lf.use_adapters(model, torch.zeros(0, dtype=torch.int32)):
+        assert model(x[:0]).shape == (0, 10)
+
+
+def test_empty_batch(model: Mlp) -> None:
+    with lf.use_adapters(model, []):
+        assert model(torch.zeros(0, 24)).shape == (0, 10)
+        assert model(torch.zeros(0, 7, 24)).shape == (0, 7, 10)
+
+
+def test_lora_bias(bare: Mlp) -> None:
+    adapters = {"plain": adapter(bare, ("up",), 2), "biased": adapter(bare, ("up", "down"), 3, bias=True)}
+    model = lf.attach(copy.deepcopy(bare), adapters)
+    entries = ["biased", None, "plain", {"biased": 0.5, "plain": 2.0}]
+    x = torch.randn(4, 3, 24)
+    for entry_list in (entries, entries[::-1]):
+        want = per_row(bare, adapters, entry_list, x)
+        with lf.use_adapters(model, entry_list):
+            torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model(x.requires_grad_()), want, rtol=1e-5, atol=1e-5)
+            x.requires_grad_(False)
+
+
+def test_every_layers_own_path_ran(model: Mlp) -> None:
+    """Emptying any one layer's slot changes the output, so no layer is bypassed."""
+    x = torch.randn(2, 24)
+    for path in PATHS:
+        with lf.use_adapters(model, "sql"):
+            before = model(x)
+            ranks = model.get_submodule(path).lora_pool.slot_rank
+            kept = ranks.clone()
+            ranks.zero_()
+            assert not torch.equal(model(x), before), path
+            ranks.copy_(kept)
+            assert torch.equal(model(x), before)
+
+
+def test_detach_restores_everything(bare: Mlp, adapters: Any) -> None:
+    calls = []
+    for module in (bare, bare.up):
+        module.register_forward_hook(lambda *args: calls.append(1))
+    before = {id(m): (type(m), dict(m.__dict__), {k: dict(v) for k, v in m.__dict__.items() if isinstance(v, dict)})
+              for m in bare.modules()}  # fmt: skip
+    bits = {k: v.clone() for k, v in bare.state_dict().items()}
+    parameters = dict(bare.named_parameters())
+    modules = list(bare.modules())
+    assert lf.attach(bare, adapters) is bare
+    assert bare.state_dict().keys() == bits.keys()
+    assert all(p is parameters[n] for n, p in bare.named_parameters())
+    assert isinstance(bare.up, nn.Linear)
+    assert "slots=8, max_rank=7" in repr(bare.up)
+    with lf.use_adapters(bare, "sql"):
+        bare(torch.randn(1, 24))
+    assert len(calls) == 2
+    lf.detach(bare)
+    assert [id(m) for m in bare.modules()] == [id(m) for m in modules]
+    for m in modules:
+        kind, attributes, tables = before[id(m)]
+        assert type(m) is kind
+        assert m.__dict__.keys() == attributes.keys()
+        for key, table in tables.items():
+            assert dict(m.__dict__[key]) == table, key
+    assert all(torch.equal(v, bits[k]) for k, v in bare.state_dict().items())
+    with pytest.raises(ValueError, match="no adapters attached"):
+        lf.detach(bare)
+
+
+def test_default_selection_is_seen_by_all_threads_and_a_block_by_its_own(model: Mlp, bare: Mlp, adapters: Any) -> None:
+    x = torch.randn(2, 24)
+    want = {e: adapted_copy(bare, adapters, e)(x) for e in (None, "sql", "math")}
+    seen: dict[str, Tensor] = {}
+    assert torch.equal(model(x), want[None])  # attaching selects nothing
+    lf.set_adapters(model, "math")
+    with lf.use_adapters(model, "sql"):
+        thread = threading.Thread(target=lambda: seen.update(other=model(x)))
+        thread.start()
+        thread.join()
+        seen["own"] = model(x)
+        with lf.use_adapters(model, None):
+            assert torch.equal(model(x), want[None])
+        torch.testing.assert_close(model(x), seen["own"], rtol=0, atol=0)
+    torch.testing.assert_close(seen["other"], want["math"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["own"], want["sql"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x), want["math"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [["sql"], ["sql"] * 3, []], ids=len)
+def test_wrong_length_is_refused_once_with_both_numbers(model: Mlp, entries: list[str]) -> None:
+    with lf.use_adapters(model, entries), pytest.raises(ValueError, match=f"2 samples.* {len(entries)} entries"):
+        model(torch.randn(2, 5, 24))
+    with lf.use_adapters(model, entries), pytest.raises(ValueError, match="up: the selection has"):
+        model.up(torch.randn(2, 5, 24))  # a layer called on its own holds its input to the same rule
+    with lf.use_adapters(model, "sql"):
+        model(torch.randn(2, 24))  # the failed forwards left nothing behind
+
+
+BAD_SELECTIONS: dict[str, tuple[Any, type[Exception], str]] = {
+    "unknown": ("sq", ValueError, r"'sq' is attached; attached are \['chat', 'math', 'part', 'sql'\]"),
+    "unknown-in-list": (["sql", "nope"], ValueError, "'nope'"),
+    "unknown-in-mix": ({"sql": 1, "nope": 1}, ValueError, "'nope'"),
+    "nan": ({"sql": float("nan")}, ValueError, "finite"),
+    "inf": ([{"sql": float("inf")}], ValueError, r"selection\[0\]\['sql'\].*finite"),
+    "beyond-fp32": ({"sql": 1e39}, ValueError, "finite fp32"),
+    "bool": ({"sql": True}, TypeError, "True"),
+    "text": ({"sql": "1"}, TypeError, "finite number"),
+    "int": (3, TypeError, "accepted is a name"),
+    "nested": ([["sql"]], TypeError, r"selection\[0\]: got list"),
+    "float-slots": (torch.zeros(3), TypeError, "1-d int32.*float32"),
+    "2d-slots": (torch.zeros(1, 3, dtype=torch.int32), TypeError, r"shape \(1, 3\)"),
+    "slot-out-of-range": (torch.tensor([0, -1, 99]), ValueError, "row 2 asks for slot 99, which is out of range"),
+    "slot-negative": (torch.tensor([0, -2]), ValueError, "row 1 asks for slot -2"),
+    "slot-empty": (torch.tensor([6, 0]), ValueError, "row 0 asks for slot 6, which holds no adapter"),
+}
+
+
+@pytest.mark.parametrize(("selection", "error", "match"), BAD_SELECTIONS.values(), ids=BAD_SELECTIONS.keys())
+def test_bad_selections(model: Mlp, selection: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match), lf.use_adapters(model, selection):
+        pass
+    with pytest.raises(error, match=match):
+        lf.set_adapters(model, selection)
+    assert torch.isfinite(model(torch.randn(2, 24))).all()
+
+
+def test_tokens_must_match_the_rows(model: Mlp) -> None:
+    with lf.use_adapters(model, torch.zeros(5, dtype=torch.int32)), pytest.raises(ValueError, match=r"5 tokens.* 4"):
+        model(torch.randn(2, 2, 24))
+
+
+class Folded(nn.Module):
+    """Folds batch and sequence, as many models do, or transposes them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.lin, self.how = nn.Linear(24, 24), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "fold":
+            return self.lin(x.flatten(0, 1)).view(x.shape)
+        if self.how == "transpose":
+            return self.lin(x.transpose(0, 1)).transpose(0, 1)
+        return self.lin(x.flatten(0, 1).repeat(3, 1))  # "strange"
+
+
+@pytest.mark.parametrize(("how", "batch_dim"), [("fold", 0), ("transpose", 1), ("strange", 0), ("transpose", 0)])
+def test_where_the_batch_axis_is(how: str, batch_dim: int) -> None:
+    bare = Folded(how).requires_grad_(False)
+    adapters = {n: adapter(bare, ("lin",), 2) for n in "ab"}
+    entries = ["a", None, {"a": 0.5, "b": 0.5}, "b"]
+    x = torch.randn(4, 7, 24)
+    model = lf.attach(copy.deepcopy(bare), adapters, batch_dim=batch_dim)
+    if (how, batch_dim) in {("strange", 0), ("transpose", 0)}:
+        with lf.use_adapters(model, entries), pytest.raises(ValueError, match=r"^lin: .*4 samples.*batch_dim"):
+            model(x)
+        with lf.use_adapters(model, "a"):
+            model(x)  # one entry for all needs no batch axis
+        return
+    want = per_row(bare, adapters, entries, x)
+    if batch_dim == 1:  # then the model's own input is [seq, batch, ...] too
+        bare.how = model.how = "none"
+        model.forward = model.lin.__call__  # type: ignore[method-assign]
+        x, want = x.transpose(0, 1), want.transpose(0, 1)
+        with lf.use_adapters(model, entries[:3]), pytest.raises(ValueError, match="4 samples"):
+            model(x)
+    with lf.use_adapters(model, entries):
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_and_device_moves(bare: Mlp, adapters: Any) -> None:
+    model = lf.attach(copy.deepcopy(bare), adapters).to(torch.bfloat16)
+    pool = model.up.lora_pool
+    assert pool.pool_a.dtype is torch.bfloat16
+    assert pool.slot_scaling.dtype is torch.float32
+    x, entries = torch.randn(4, 3, 24), ["sql", None, "chat", {"sql": 0.5, "math": 0.5}]
+    with lf.use_adapters(model, entries):
+        got = model(x.bfloat16())
+    assert torch.equal(got[1], copy.deepcopy(bare).bfloat16()(x.bfloat16())[1])
+    torch.testing.assert_close(got.float(), per_row(bare, adapters, entries, x), rtol=0.05, atol=0.05)
+    late = lf.attach(copy.deepcopy(bare).bfloat16(), adapters)  # the same bits, whichever came first
+    with lf.use_adapters(late, entries):
+        assert torch.equal(late(x.bfloat16()), got)
+    model.float()
+    assert model.up.lora_pool.slot_scaling.dtype is torch.float32
+    assert model.up.lora_pool.pool_a.dtype is torch.float32
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_is_a_model_of_its_own(model: Mlp, bare: Mlp, adapters: Any, how: str) -> None:
+    x, entries = torch.randn(3, 24), ["sql", None, {"chat": 0.5}]
+    lf.set_adapters(model, entries)
+    want = model(x)
+    with lf.use_adapters(model, "math"):  # a block in progress is the thread's, not the model's
+        if how == "deepcopy":
+            twin = copy.deepcopy(model)
+        else:
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            twin = torch.load(buffer, weights_only=False)
+    assert torch.equal(twin(x), want)
+    assert twin.up.lora_serving is not model.up.lora_serving
+    assert twin.up.lora_serving is twin.down.lora_serving
+    lf.remove_adapter(twin, "sql")
+    lf.add_adapter(twin, "new", adapters["part"])
+    lf.set_adapters(twin, "new")
+    assert torch.equal(model(x), want)
+    assert set(lf.adapters(model)) == set(adapters)
+    torch.testing.assert_close(twin(x), adapted_copy(bare, {"new": adapters["part"]}, "new")(x), rtol=1e-5, atol=1e-5)
+    lf.detach(twin)
+    assert torch.equal(twin(x), bare(x))
+    assert torch.equal(model(x), want)
+
+
+def test_inference_mode_everywhere(bare: Mlp, adapters: Any) -> None:
+    x, entries = torch.randn(3, 24), ["sql", None, "math"]
+    want = per_row(bare, adapters, entries, x)
+    own = copy.deepcopy(bare)
+    with torch.inference_mode():
+        model = lf.attach(own, {n: adapters[n].to(dtype=torch.float32) for n in ("sql", "chat")})
+        lf.set_adapters(model, None)
+        lf.add_adapter(model, "math", adapters["math"])
+        with lf.use_adapters(model, entries):
+            torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    lf.set_adapters(model, entries)  # the routing cached in inference mode must serve a backward as well
+    with torch.inference_mode():
+        model(x)
+    grad_x = x.clone().requires_grad_()
+    y = model(grad_x)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    lf.swap_adapter(model, "math", adapters["part"])
+
+
+def test_to_inside_inference_mode(model: Mlp, adapters: Any) -> None:
+    with torch.inference_mode():
+        model.to(torch.float64)
+    lf.swap_adapter(model, "sql", adapters["part"])
+    with torch.inference_mode(), lf.use_adapters(model, ["sql", None]):
+        model(torch.randn(2, 24, dtype=torch.float64))
+
+
+def test_gradients_reach_inputs_and_weights(model: Mlp, bare: Mlp, adapters: Any) -> None:
+    entries = ["sql", None, {"chat": 0.5, "math": 2.0}]
+    x = torch.randn(3, 2, 24, requires_grad=True)
+    with lf.use_adapters(model, entries):
+        y = model(x)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()  # after the block: the routing is the forward's own
+    for i, entry in enumerate(entries):
+        row = x.detach()[i : i + 1].requires_grad_()
+        (adapted_copy(bare, adapters, entry)(row) * weights[i : i + 1]).sum().backward()
+        torch.testing.assert_close(x.grad[i : i + 1], row.grad, rtol=1e-4, atol=1e-5)  # type: ignore[index]
+
+
+def test_training_the_base_keeps_base_rows_exact(bare: Mlp, adapters: Any) -> None:
+    bare.requires_grad_(True)
+    model = lf.attach(copy.deepcopy(bare), adapters)
+    x = torch.randn(3, 24)
+    with lf.use_adapters(model, ["sql", None, None]):
+        y = model(x)
+    assert torch.equal(y[1:], bare(x)[1:])
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_negative_zero_of_a_base_row_survives_a_backward_graph() -> None:
+    bare = nn.Sequential(nn.Linear(2, 2, bias=False))
+    bare[0].weight.data.fill_(-0.0)
+    layer = LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    model = lf.attach(copy.deepcopy(bare), {"a": LoraAdapter({"0": layer})})
+    x = torch.ones(2, 2)
+    with lf.use_adapters(model, ["a", None]):
+        assert torch.equal(torch.signbit(model(x)[1]), torch.signbit(bare(x)[1]))
+
+
+def test_nested_attached_models(bare: Mlp, adapters: Any) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(24, 24), copy.deepcopy(bare)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.first(x))
+
+    plain = Outer().requires_grad_(False)
+    outer = copy.deepcopy(plain)
+    mine = {"o": adapter(plain, ("first",), 2)}
+    lf.attach(outer.inner, adapters)
+    lf.attach(outer, mine)
+    x = torch.randn(3, 24)
+    with lf.use_adapters(outer, ["o", None, "o"]), lf.use_adapters(outer.inner, ["sql", "math", None]):
+        got = outer(x)
+    for i, (o, n) in enumerate([("o", "sql"), (None, "math"), ("o", None)]):
+        h = adapted_copy(plain, mine, o).first(x[i : i + 1])
+        torch.testing.assert_close(got[i : i + 1], adapted_copy(bare, adapters, n)(h), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"inner\.up: already has slots"):
+        lf.add_adapter(outer, "x", LoraAdapter({"inner.up": linear_layer(bare.up, 2)}))
+    lf.detach(outer)
+    lf.detach(outer.inner)
+    assert torch.equal(outer(x), plain(x))
+
+
+def test_one_module_at_two_paths_and_tied_weights() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.b = self.a  # the same module
+            self.embed = nn.Embedding(11, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embed.weight  # the same parameter
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.b(self.a(self.embed(ids))))
+
+    bare = Tied().requires_grad_(False)
+    layer, head = linear_layer(bare.a, 2), linear_layer(bare.head, 2)
+    ids = torch.tensor([[1, 2], [3, 4]])
+    outs = []
+    for path in ("a", "b"):
+        model = lf.attach(copy.deepcopy(bare), {"x": LoraAdapter({path: layer, "head": head})})
+        assert model.head.weight is model.embed.weight
+        with lf.use_adapters(model, ["x", None]):
+            outs.append(model(ids))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0][1], bare(ids)[1])
+    h = bare.embed(ids[:1])
+    for _ in range(2):
+        h = bare.a(h) + 0.5 * h @ layer.lora_a.t() @ layer.lora_b.t()
+    want = bare.head(h) + 0.5 * h @ head.lora_a.t() @ head.lora_b.t()
+    torch.testing.assert_close(outs[0][:1], want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="b: is the same module as a"):
+        lf.attach(copy.deepcopy(bare), {"x": LoraAdapter({"a": layer, "b": layer})})
