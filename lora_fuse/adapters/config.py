@@ -38,7 +38,7 @@ _REFUSED = {
     "arrow_config": "Arrow routes between adapters at run time",
     "monteclora_config": "MonteCLoRA samples its factors",
     "kasa_config": "KaSA puts a diagonal between the factors and truncates the base weight",
-    "target_parameters": "LoRA on bare parameters (fused MoE experts) is not supported",
+    "target_parameters": "it puts LoRA on bare parameters (fused MoE experts)",
 }
 # Initialisations that leave the base weight as it was; the other named ones change it.
 _PLAIN_INITS = frozenset(["gaussian", "eva", "orthogonal", "mica", "default", "true", "false"])

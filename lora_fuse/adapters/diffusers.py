@@ -39,6 +39,7 @@ def select_component(opened: Opened, component: str | None) -> Opened:
             f"{opened.name}: {old} is in a layout that diffusers gave up; load the file with it and save it again"
         )
     configs = _configs(opened)
+    present = sorted({key.partition(".")[0] for key in opened.tensors})
     if component is None:
         if opened.config is not None or "" in configs:
             return replace(opened, config=opened.config or configs[""])
@@ -47,18 +48,13 @@ def select_component(opened: Opened, component: str | None) -> Opened:
                 f"{opened.name}: {CONFIG_NAME} is missing, so r and lora_alpha are not known; pass config={{...}}, or "
                 "component= if this is a file for a diffusers pipeline"
             )
-        if len(configs) > 1:
-            raise ValueError(f"component: {opened.name} has several, choose one of {sorted(configs)}")
-        component = next(iter(configs))
+        if len(present) > 1:
+            raise ValueError(f"component: {opened.name} has several, choose one of {present}")
+        component = present[0]
     stem = component + "."
     mine = {key.removeprefix(stem): t for key, t in opened.tensors.items() if key.startswith(stem)}
-    rest = [key for key in opened.tensors if not key.startswith(stem)]
     if not mine:
-        have = sorted(configs or {key.partition(".")[0] for key in opened.tensors})
-        raise ValueError(f"component: {opened.name} has no tensors of {component!r}, it has {have}")
-    stray = [key for key in rest if configs and key.partition(".")[0] not in configs]
-    if stray:
-        raise ValueError(f"{opened.name}: tensors of no component: {', '.join(stray[:10])}")
+        raise ValueError(f"component: {opened.name} has no tensors of {component!r}, it has {present}")
     config = opened.config or configs.get(component)
     if config is None:
         mine, config = _inferred(mine)

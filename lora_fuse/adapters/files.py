@@ -97,4 +97,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write a JSON object, its keys sorted; inner objects keep their order, which has a meaning in PEFT's patterns."""
+    path.write_text(json.dumps(dict(sorted(value.items())), indent=2) + "\n", encoding="utf-8")

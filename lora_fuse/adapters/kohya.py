@@ -38,14 +38,18 @@ _COMPONENT = re.compile(r"(lora_unet|lora_te\d?|lora_transformer|lora_prior|lyco
 
 def is_kohya(keys: Iterable[str]) -> bool:
     """Whether the keys are kohya's or LyCORIS's rather than PEFT's."""
+    keys = list(keys)
+    if any(".lora_A." in key or ".lora_embedding_A" in key for key in keys):
+        return False
     return any(key.endswith((".lora_down.weight", ".lora_up.weight")) or _lycoris(key) for key in keys)
 
 
 def _lycoris(key: str) -> str | None:
-    for part in key.split(".")[1:]:
-        for mark, name in _LYCORIS.items():
-            if part == mark or (mark.endswith("_") and part.startswith(mark)):
-                return name
+    """What LyCORIS calls the tensor, by the last part of its key, or the one in front of "weight"."""
+    part = key.removesuffix(".weight").rpartition(".")[2]
+    for mark, name in _LYCORIS.items():
+        if part == mark or (mark.endswith("_") and part.startswith(mark)):
+            return name
     return None
 
 

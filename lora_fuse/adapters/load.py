@@ -16,6 +16,7 @@ from lora_fuse.adapters.kohya import from_kohya, is_kohya
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.adapters.peft import from_peft
 from lora_fuse.adapters.raw import check_tensor
+from lora_fuse.adapters.save import peft_tensors
 from lora_fuse.adapters.sources import Opened, open_mapping, open_model, open_path, plain_config
 
 _FORMATS = ("auto", "peft", "kohya")
@@ -116,8 +117,7 @@ def _cast(adapter: LoraAdapter, dtype: torch.dtype | None, device: torch.device 
     cast = adapter.to(dtype, device)
     if dtype is not None:
         findings = Findings(f"dtype: {adapter.source} does not fit into {dtype}")
-        for path, layer in cast.layers.items():
-            for t in layer.tensors():
-                check_tensor(path, t, findings)
+        for key, tensor in peft_tensors(cast).items():
+            check_tensor(key, tensor, findings)
         findings.settle()
     return cast

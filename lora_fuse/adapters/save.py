@@ -106,6 +106,7 @@ def peft_config(adapter: LoraAdapter) -> dict[str, Any]:
     }
     if not _describes(adapter.config, layers):
         config |= rank_and_alpha(layers)
+    config.pop("runtime_config", None)  # PEFT warns about it in files
     return config
 
 

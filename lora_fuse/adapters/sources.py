@@ -75,7 +75,10 @@ def open_model(model: nn.Module, adapter_name: str | None) -> Opened:
         raise ValueError(f"adapter_name: the model has no adapter {adapter_name!r}, it has {sorted(configs)}")
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    # given a state dict, PEFT leaves out its own checks, which take lora_bias for a broken factor
+    state = get_peft_model_state_dict(
+        model, state_dict=model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False
+    )
     scalings = {
         model_path(path): float(module.scaling[adapter_name])
         for path, module in model.named_modules()
