@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from lora_fuse.merging.terms import (
     check_dtype,
     check_finite,
     check_truncation,
+    combine_base_weights,
     combine_saved,
     layer_terms,
     make_terms,
@@ -68,7 +68,7 @@ def merge(
         method: one of the above.
         rank: largest rank of a result layer (linear, uniform, svd).
         energy: share of each layer's squared Frobenius norm to keep, ``0 < energy <= 1``, instead of ``rank``.
-        dtype: of the result; computed in fp64, rounded once.
+        dtype: of the result's factors and heads; computed in fp64, rounded once.
         modules_to_save: for a module (a head) that several adapters replace: "refuse", "first", or "average" (by
             weight).
         progress: show a bar on stderr.
@@ -105,6 +105,7 @@ def merge(
         _refuse_truncated_dora(active[0])
     grouped = layer_terms(active)
     saved = combine_saved(active, modules_to_save)
+    base_weights = combine_base_weights(active)
     check_finite(active)
     warn_about_bases(active)
 
@@ -120,10 +121,11 @@ def merge(
         layers[path] = layer
     heads = {path: {name: _cast(t, dtype) for name, t in module.items()} for path, module in saved.items()}
     if alone:
-        return _like(active[0].adapter, layers, heads, dtype)
+        return _with_layers(active[0].adapter, layers, heads)
     names = ", ".join(f"{t.weight:g} * {t.name}" for t in active)
     config = lora_config(layers, heads, [t.adapter.config for t in active])
-    return LoraAdapter(layers, heads, config=config, source=f"merge({names}, method={method!r})")
+    source = f"merge({names}, method={method!r})"
+    return LoraAdapter(layers, heads, config=config, source=source, base_weights=base_weights)
 
 
 def from_svd(svd: LowRankSVD, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
@@ -207,18 +209,12 @@ def _refuse_truncated_dora(term: Term) -> None:
         )
 
 
-def _like(
-    adapter: LoraAdapter, layers: dict[str, LoraLayer], heads: dict[str, dict[str, Tensor]], dtype: torch.dtype
+def _with_layers(
+    adapter: LoraAdapter, layers: dict[str, LoraLayer], heads: dict[str, dict[str, Tensor]]
 ) -> LoraAdapter:
-    """``adapter`` in ``dtype`` with these layers, keeping what only an adapter that stands alone can keep."""
+    """``adapter`` with these layers and heads, keeping what only an adapter that stands alone can keep."""
     config = adapter.config
     if any(layers[p].rank != old.rank or layers[p].scaling != old.scaling for p, old in adapter.layers.items()):
         computed = lora_config(layers, heads, [config])
         config = {**config, **{key: computed[key] for key in FACTOR_KEYS}}
-    absolute: dict[str, Any] = {
-        name: {path: _cast(t, dtype) for path, t in held.items()}
-        for name in ("base_biases", "base_weights")
-        if (held := getattr(adapter, name, None))
-    }
-    tokens = {path: (ids, _cast(rows, dtype)) for path, (ids, rows) in adapter.trainable_tokens.items()}
-    return replace(adapter, layers=layers, modules_to_save=heads, trainable_tokens=tokens, config=config, **absolute)
+    return replace(adapter, layers=layers, modules_to_save=heads, config=config)

@@ -19,6 +19,7 @@ from lora_fuse.merging.terms import (
     Sources,
     Weights,
     check_finite,
+    combine_base_weights,
     combine_saved,
     layer_terms,
     make_terms,
@@ -228,7 +229,8 @@ class _Write:
                 squares += acc.to(torch.float64).square().sum(0)
             else:
                 squares[begin:end] = acc.to(torch.float64).square().sum(1)
-        return (magnitude / squares.sqrt()).to(compute)
+        # A row of zeros has no direction, and stays zero whatever its magnitude.
+        return torch.where(squares > 0, magnitude / squares.sqrt(), 0.0).to(compute)
 
     def _store(self, where: Tensor, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
@@ -256,7 +258,7 @@ def _plan(
     absolute: LoraAdapter | None = terms[0].adapter if alone else None
     biases = dict(absolute.base_biases) if absolute else {}
     tokens = dict(absolute.trainable_tokens) if absolute else {}
-    base_weights: dict[str, Tensor] = dict(getattr(absolute, "base_weights", {})) if absolute else {}
+    base_weights = combine_base_weights(terms)
     modules = require_modules(model, {*grouped, *saved, *biases, *tokens, *base_weights})
 
     writes: dict[str, _Write] = {}

@@ -151,10 +151,8 @@ def refuse_absolute(terms: Sequence[Term], what: str) -> None:
         for field, label in (
             ("base_biases", "replaces biases of the base (PEFT's bias='all' or 'lora_only')"),
             ("trainable_tokens", "replaces rows of an embedding (PEFT's trainable_token_indices)"),
-            ("base_weights", "replaces whole weights of the base (PEFT's save_embedding_layers)"),
         ):
-            held = getattr(a, field, None)
-            if held:
+            if held := getattr(a, field):
                 raise ValueError(
                     f"adapter {term.name}: {label} at {sorted(held)[0]!r}; a replaced value cannot be weighted, so "
                     f"{what} takes such an adapter only alone and with weight 1"
@@ -195,6 +193,28 @@ def _shape(layer: LoraLayer) -> tuple[LayerKind, tuple[int, ...]]:
 
 def _describe(layer: LoraLayer) -> str:
     return f"for a {layer.kind} weight of shape {layer.weight_shape}"
+
+
+def combine_base_weights(terms: Sequence[Term]) -> dict[str, Tensor]:
+    """Base weights that PEFT saved beside adapted embeddings, as one set.
+
+    They are the base's own, so all adapters that carry one must agree; ValueError where two do not.
+    """
+    combined: dict[str, Tensor] = {}
+    holder: dict[str, str] = {}
+    for term in terms:
+        for path, weight in term.adapter.base_weights.items():
+            other = combined.setdefault(path, weight)
+            holder.setdefault(path, term.name)
+            same = other.shape == weight.shape and (
+                torch.equal(weight.to(other), other) or torch.equal(other.to(weight), weight)
+            )
+            if not same:
+                raise ValueError(
+                    f"layer {path!r}: adapters {holder[path]} and {term.name} bring different base weights along "
+                    "(PEFT's save_embedding_layers), so they belong to different base models"
+                )
+    return combined
 
 
 def combine_saved(terms: Sequence[Term], policy: SavePolicy) -> dict[str, dict[str, Tensor]]:
