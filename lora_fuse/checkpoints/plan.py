@@ -103,10 +103,21 @@ def plan_fuse(
     if tie is not None:
         _untie(plan, checkpoint, tie)
     if any(name not in checkpoint.tensors for name in plan.edits):
-        # a bare model's names beside a head's: loaders want the whole in the names of the model with the head
-        strips = {renaming.strip for renaming in renamings if not renaming.add}
-        plan.add_prefix = strips.pop() if len(strips) == 1 else ""
+        plan.add_prefix = _prefix_of_headed_model(renamings, checkpoint)
     return plan
+
+
+def _prefix_of_headed_model(renamings: Sequence[Renaming], checkpoint: Checkpoint) -> str:
+    """What a bare model's names get in front where a head joins them, as in ``bert.`` beside ``classifier``.
+
+    Loaders want all names of the model with the head or all of the bare one. Only transformers' own prefixes count: a
+    wrapper class of the adapter's author means nothing to them.
+    """
+    strips = {renaming.strip for renaming in renamings if not renaming.add}
+    strip = strips.pop() if len(strips) == 1 else ""
+    model_type = str(checkpoint.config.get("model_type"))
+    name = strip.removesuffix(".")
+    return strip if name and (name in ("model", "transformer") or name in model_type) else ""
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_fuse.checkpoints.header import TensorInfo, read_header
+from lora_fuse.checkpoints.header import TORCH_DTYPES, TensorInfo, read_header
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 # In this order where a folder holds several: what transformers and diffusers load by default.
@@ -57,6 +57,22 @@ class Checkpoint:
     def module_paths(self) -> list[str]:
         """Paths of the modules that own a ``weight``, in the order of the files."""
         return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
+
+    def skeleton(self) -> nn.Module:
+        """Nested empty modules with the checkpoint's weights on the meta device: paths and shapes, no memory.
+
+        What readers need that have to look names up in a model (kohya's files).
+        """
+        root = nn.Module()
+        for path in self.module_paths():
+            info, module = self.tensors[f"{path}.weight"], root
+            for part in path.split("."):
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            dtype = TORCH_DTYPES.get(info.dtype, torch.uint8)
+            module.register_buffer("weight", torch.empty(info.shape, dtype=dtype, device="meta"))
+        return root
 
 
 def is_checkpoint(folder: str | os.PathLike[str]) -> bool:

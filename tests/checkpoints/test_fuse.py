@@ -85,6 +85,19 @@ def test_bert_biases_and_a_new_head(tmp_path: Path, config: dict) -> None:
     assert load(BERT, tmp_path / "out") is not None
 
 
+def test_a_wrapper_of_ones_own_leaves_the_names_alone(tmp_path: Path) -> None:
+    base = save_bert(tmp_path / "bert")
+    names = open_checkpoint(base).tensors.keys()
+    layer = LoraLayer(torch.randn(2, 32), torch.randn(32, 2), 1.0)
+    head = {"classifier": {"weight": torch.ones(3, 32)}}
+    wrapped = LoraAdapter({"encoder.encoder.layer.0.attention.self.query": layer}, modules_to_save=head)
+    fuse_checkpoint(base, [wrapped], out=tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").tensors.keys() == {*names, "classifier.weight"}
+    before = load(BERT, base).encoder.layer[0].attention.self.query.weight
+    after = load(BERT, tmp_path / "out").encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(after, before + layer.product())
+
+
 def test_convolutions_equal_peft_merge(tmp_path: Path) -> None:
     import peft
     from safetensors.torch import save_file
