@@ -54,12 +54,13 @@ class SlotAllocator:
         Raises:
             RuntimeError: every slot is still held.
         """
+        patience = min(timeout, 0.2)  # most forwards are done by then
         try:
-            return self._lend(self._free.get_nowait())
+            return self._lend(self._free.get(timeout=patience))
         except queue.Empty:
             gc.collect()  # an autograd graph in a reference cycle may be all that holds the slot
         try:
-            return self._lend(self._free.get(timeout=timeout))
+            return self._lend(self._free.get(timeout=timeout - patience))
         except queue.Empty:
             raise RuntimeError(
                 f"no slot became free within {timeout:g} s: the spare slot is still held by a running forward, or by "
