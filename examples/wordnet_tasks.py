@@ -1,4 +1,4 @@
-"""Seven text-classification tasks read from WordNet 3.0: texts, labels, and a split that leaks nothing.
+"""Eight text-classification tasks read from WordNet 3.0: texts, labels, and a split that leaks nothing.
 
 Every task is made of synsets (WordNet's entries). A synset goes to test, validation or training by a hash of its
 definition, before any example is built from it; an example that joins two synsets is kept only if both lie in the same
@@ -146,6 +146,41 @@ def word_order(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator
             yield s.part, Example(" ".join(words), None, "swapped")
 
 
+FUNCTION_WORDS = {
+    "a",
+    "an",
+    "the",
+    "of",
+    "to",
+    "in",
+    "on",
+    "at",
+    "by",
+    "for",
+    "with",
+    "from",
+    "and",
+    "or",
+    "is",
+    "that",
+}
+
+
+def missing_word(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator[tuple[str, Example]]:
+    """Is a definition as WordNet has it, or has a little word (of, the, to, ...) been left out of its middle?"""
+    rng = random.Random(0)
+    for s in synsets.values():
+        words = s.definition.split()
+        places = [i for i in range(1, len(words) - 1) if words[i] in FUNCTION_WORDS]
+        if len(words) < 6 or not places:
+            continue
+        if rng.random() < 0.5:
+            yield s.part, Example(s.definition, None, "intact")
+        else:
+            del words[rng.choice(places)]
+            yield s.part, Example(" ".join(words), None, "left out")
+
+
 def verb_form(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator[tuple[str, Example]]:
     """Is the verb that a sentence is an example of in its base form, its -s form, its -ing form or a past form?"""
     irregular: dict[str, str] = {}
@@ -212,6 +247,7 @@ TASKS = {
     "word_class": Task(word_class, True),
     "hypernymy": Task(hypernymy, True),
     "word_order": Task(word_order, True),
+    "missing_word": Task(missing_word, True),
     "verb_form": Task(verb_form, False),
     "word_sense": Task(word_sense, True),
 }

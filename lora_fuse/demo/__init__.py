@@ -108,11 +108,12 @@ def _require(modules: dict[str, str]) -> None:
 
 
 def _print_check(console: Console, differences: Sequence[Difference]) -> None:
-    rows = sum(d.rows for d in differences)
+    *adapters, base, mixes = differences
+    rows = sum(d.rows for d in (*adapters, base))
     worst = max(differences, key=lambda d: d.largest)
     console.print(
-        f"\nOne batch of {rows} rows, {len(differences) - 1} adapters and {differences[-1].rows} rows without one: "
-        f"every row checked against PEFT, [bold]largest difference {worst.largest:.2g}[/bold] "
+        f"\nOne batch of {rows} rows over {len(adapters)} adapters ({base.rows} rows without one), then {mixes.rows} "
+        f"weighted mixes of two: every row checked against PEFT, [bold]largest difference {worst.largest:.2g}[/bold] "
         f"({worst.name}, values up to {worst.largest_value:.3g}); rows without one equal the bare model bit for bit."
     )
 

@@ -34,15 +34,17 @@ def _latency(figure: Any, latencies: Sequence[Latency], num_adapters: int) -> No
         f"One mixed batch of {ROWS} rows over {num_adapters} adapters, MiniLM-L6 on {THREADS} CPU threads, fp32",
         fontsize=12,
     )
-    for axes, latency in zip(figure.subplots(1, len(latencies)), latencies, strict=True):
+    panels = figure.subplots(1, len(latencies), sharey=True)
+    for axes, latency in zip(panels, latencies, strict=True):
         names = list(latency.milliseconds)
         values = [latency.milliseconds[name] for name in names]
         axes.barh(names, values, color=[COLORS[name] for name in names], height=0.62)
         for i, name in enumerate(names):
-            over = "" if i == 0 else f"  (+{latency.overhead(name):.0%})".replace("+-", "-")
-            axes.text(values[i], i, f" {values[i]:.3g} ms{over}", va="center", fontsize=9)
-        axes.set_xlim(0, 1.35 * max(values))
-        axes.invert_yaxis()
+            over = "" if i == 0 else f"  ({latency.overhead(name):+.0%})"
+            number = f"{values[i]:.0f}" if values[i] >= 100 else f"{values[i]:.1f}"
+            axes.text(values[i], i, f" {number} ms{over}", va="center", fontsize=9)
+        axes.set_xlim(0, 1.4 * max(values))
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_title(f"{latency.tokens} token{'s' if latency.tokens > 1 else ''} a row", fontsize=10)
         axes.set_xlabel("milliseconds a forward, median")
         axes.spines[["top", "right"]].set_visible(False)
@@ -71,14 +73,13 @@ def _accuracy(figure: Any, tasks: Sequence[Task], settings: Sequence[Setting], t
             )
         axes.set_yticks(range(len(shown)), [setting.label for setting in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
-        chance = 1 / len(task.classes)
         axes.set_xlim(0, 1.12)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
-        axes.axvspan(0, chance, color="0.93", zorder=0)
+        axes.axvspan(0, task.recorded["majority"], color="0.93", zorder=0)
         axes.set_title(f"{task.name} ({len(task.classes)} classes)", fontsize=10)
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(tasks) :]:
         axes.set_visible(False)
-    figure.supxlabel("accuracy (grey: what guessing gives)", fontsize=10)
+    figure.supxlabel("accuracy (grey: up to the share of the commonest class)", fontsize=10)
