@@ -81,13 +81,16 @@ def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
 
 def _inferred(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """diffusers' rule for files without a config: ranks from the tensors, alpha from ``.alpha`` or else the rank."""
-    alphas = {key.removesuffix(".alpha"): float(t) for key, t in tensors.items() if key.endswith(".alpha")}
+    alphas = {key.removesuffix(".alpha"): t for key, t in tensors.items() if key.endswith(".alpha")}
+    bad = next((path for path, t in alphas.items() if t.numel() != 1), None)
+    if bad is not None:
+        raise ValueError(f"{bad}.alpha: expected a single number, got shape {tuple(alphas[bad].shape)}")
     ends = re.compile(r"(.+)\.lora_A\.weight")
     ranks = {match[1]: int(t.shape[0]) for key, t in tensors.items() if (match := ends.fullmatch(key))}
     config = {
         "peft_type": "LORA",
         "rank_pattern": {f"^{re.escape(path)}": rank for path, rank in ranks.items()},
-        "alpha_pattern": {f"^{re.escape(path)}": alphas.get(path, rank) for path, rank in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(path)}": float(alphas.get(path, rank)) for path, rank in ranks.items()},
         "use_dora": any(key.endswith(".lora_magnitude_vector") for key in tensors),
         "lora_bias": any(key.endswith(".lora_B.bias") for key in tensors),
     }

@@ -78,6 +78,8 @@ def from_kohya(
     for key, tensor in tensors.items():
         role, name = next(((r, key.removesuffix(end)) for end, r in _ROLES.items() if key.endswith(end)), (None, key))
         lycoris = _lycoris(key)
+        if role == "alpha" and isinstance(tensor, Tensor):
+            tensor = tensor.float()  # the trainer writes an int where it was given one
         if lycoris is not None:
             findings.fatal.append(f"{key}: LyCORIS {lycoris} is not supported, only plain LoRA is")
         elif role is None:

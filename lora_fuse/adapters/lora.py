@@ -172,7 +172,7 @@ class LoraAdapter:
             },
             modules_to_save={p: {n: move(t) for n, t in saved.items()} for p, saved in self.modules_to_save.items()},
             base_biases={p: move(t) for p, t in self.base_biases.items()},
-            trainable_tokens={p: (ids, move(rows)) for p, (ids, rows) in self.trainable_tokens.items()},
+            trainable_tokens={p: (ids.to(device), move(rows)) for p, (ids, rows) in self.trainable_tokens.items()},
             base_weights={p: move(t) for p, t in self.base_weights.items()},
         )
 

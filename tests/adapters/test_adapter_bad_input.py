@@ -341,6 +341,24 @@ def test_state_dict_needs_config() -> None:
         lf.load_adapter(_tensors())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_value_among_many(dtype: torch.dtype, value: float) -> None:
+    """Finite values whose sum overflows are fine; a single NaN or inf is not, wherever it is."""
+    big = torch.full((2, 5000), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
+    config = {"target_modules": ["q", "big"]}
+    small = {"base_model.model.big.lora_B.weight": torch.ones(3, 2)}
+    assert _load(config, {"base_model.model.big.lora_A.weight": big, **small}).layers["big"].lora_a.dtype == dtype
+    if dtype == torch.float8_e4m3fn:
+        value = float("nan")  # it has no inf
+    for place in (0, 4321, 9999):
+        spoilt = big.clone().flatten().float()
+        spoilt[place] = value
+        bad = torch.where(torch.arange(10000) == place, spoilt, 0.0).to(dtype).reshape(2, 5000)
+        with pytest.raises(ValueError, match=r"big\.lora_A\.weight: contains (NaN|inf)"):
+            _load(config, {"base_model.model.big.lora_A.weight": bad, **small})
+
+
 def test_overflow_in_cast() -> None:
     big = {f"{STEM}.lora_A.weight": torch.full((2, 5), 1e6)}
     assert _load({}, big).rank == 2

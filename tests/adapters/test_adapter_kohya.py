@@ -52,7 +52,7 @@ def _good() -> dict[str, Tensor]:
 
 def test_formula(tmp_path: Path) -> None:
     tensors, model = _good(), Unet()
-    tensors[f"{_flat(CONV)}.alpha"] = torch.tensor(4.0)
+    assert tensors[f"{_flat(CONV)}.alpha"].dtype == torch.int64  # as the trainer writes it
     save_file(tensors, tmp_path / "kohya.safetensors", metadata={"ss_network_dim": "2"})
     adapter = lf.load_adapter(tmp_path / "kohya.safetensors", model=model)
     assert sorted(adapter.layers) == sorted([Q, "down_blocks.1.to_out.0", CONV, PROJ])
@@ -68,11 +68,6 @@ def test_formula(tmp_path: Path) -> None:
     adapter.save_pretrained(tmp_path / "peft")
     again = lf.load_adapter(tmp_path / "peft")
     assert all(torch.equal(again.delta(path), adapter.delta(path)) for path in adapter.layers)
-
-
-def test_integer_alpha_tensor_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"down_blocks_1_conv\.alpha: expected floating point, got torch.int64"):
-        lf.load_adapter(_good(), model=Unet())
 
 
 def test_linear_trained_as_convolution_and_back() -> None:

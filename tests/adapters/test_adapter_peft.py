@@ -184,6 +184,11 @@ def test_live_model_scaling_and_names(write: Callable[..., Written]) -> None:
         lf.load_adapter(written.base)
 
 
+def test_compiled_model_is_a_source(write: Callable[..., Written]) -> None:
+    written = write("llama", **LLAMA)
+    _same(lf.load_adapter(torch.compile(written.model, backend="eager")), lf.load_adapter(written.directory))
+
+
 def test_injected_model_is_a_source(write: Callable[..., Written]) -> None:
     """transformers' own add_adapter: no PeftModel, no prefix."""
     written = write("llama", **LLAMA)

@@ -145,6 +145,10 @@ def test_hub_id(write: Callable[..., Written], hub_cache: Path) -> None:
     adapter = lf.load_adapter("someone/sql-lora")
     assert (adapter.source, adapter.rank) == ("someone/sql-lora", 4)
     assert lf.load_adapter("someone/sql-lora", adapter_name="sql").rank == 2
+    (hub_cache / "models--someone--sql-lora" / "refs" / "v1").write_text("1" * 40)
+    old = write("llama", name="old", **{**LLAMA, "r": 3})
+    shutil.copytree(old.directory, hub_cache / "models--someone--sql-lora" / "snapshots" / ("1" * 40))
+    assert lf.load_adapter("someone/sql-lora", revision="v1").rank == 3
     with pytest.raises(ValueError, match="'someone/other' could not be read from the Hugging Face hub"):
         lf.load_adapter("someone/other")
 
