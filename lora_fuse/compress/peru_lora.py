@@ -15,6 +15,7 @@ from lora_fuse.merging.terms import (
     LayerTerm,
     Sources,
     Term,
+    all_finite,
     check_dtype,
     check_finite,
     check_truncation,
@@ -174,7 +175,7 @@ def _truncate(
         bias = None if bias is None else bias.to(torch.float64) * layer.scaling  # the new scaling is 1
     small = replace(small, lora_bias=None if bias is None else bias.to(dtype))
     for t in small.tensors():
-        if not bool(torch.isfinite(t).all()):
+        if not all_finite(t):
             raise ValueError(f"adapter {name!r}, layer {path!r}: the truncated factors overflow {dtype}")
     before, after = (sum(t.numel() * t.element_size() for t in x.tensors()) for x in (layer, small))
     return small, LayerReport(layer.rank, small.rank, before, after, norm**2, residual**2)

@@ -17,6 +17,7 @@ from lora_fuse.merging.terms import (
     Sources,
     Term,
     Weights,
+    all_finite,
     check_dtype,
     check_finite,
     check_truncation,
@@ -116,7 +117,7 @@ def merge(
         if layer is None:
             layer = replace(combine(parts, rank, energy, dtype), lora_bias=_summed_bias(parts, dtype))
         for t in layer.tensors():
-            if not bool(torch.isfinite(t).all()):
+            if not all_finite(t):
                 raise ValueError(f"layer {path!r}: the merged factors overflow {dtype}; choose a wider dtype")
         layers[path] = layer
     heads = {path: {name: _cast(t, dtype) for name, t in module.items()} for path, module in saved.items()}

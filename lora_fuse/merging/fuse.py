@@ -18,6 +18,7 @@ from lora_fuse.merging.terms import (
     SavePolicy,
     Sources,
     Weights,
+    all_finite,
     check_finite,
     combine_base_weights,
     combine_saved,
@@ -233,7 +234,7 @@ class _Write:
         return torch.where(squares > 0, magnitude / squares.sqrt(), 0.0).to(compute)
 
     def _store(self, where: Tensor, value: Tensor) -> None:
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise ValueError(
                 f"{self.name}: the fused value is not finite in {where.dtype}; the weights are as they were"
             )
@@ -269,7 +270,7 @@ def _plan(
             raise ValueError(f"{name}: the adapter both replaces it (modules_to_save) and updates it")
         write = _Write(name, writable(path, module, leaf), **what)
         for given in (write.start, *(write.rows or ())[1:]):
-            if given is not None and given.is_floating_point() and not bool(torch.isfinite(given).all()):
+            if given is not None and given.is_floating_point() and not all_finite(given):
                 raise ValueError(f"{name}: the adapter's value has NaN or infinite entries")
         if write.start is not None and write.start.shape != write.param.shape:
             raise ValueError(

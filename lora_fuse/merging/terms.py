@@ -114,13 +114,19 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"energy: expected 0 < energy <= 1, got {energy}")
 
 
+def all_finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: one of those makes the sum so too, and a sum needs no temporary."""
+    total = float(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32))
+    return math.isfinite(total) or bool(torch.isfinite(t).all())  # finite entries may still overflow their sum
+
+
 def check_finite(terms: Iterable[Term]) -> None:
     """ValueError naming adapter, layer and tensor of the first one with NaN or inf."""
     for term in terms:
         for path, layer in term.adapter.layers.items():
             for what in ("lora_a", "lora_b", "lora_bias", "magnitude"):
                 t = getattr(layer, what)
-                if t is not None and not bool(torch.isfinite(t).all()):
+                if t is not None and not all_finite(t):
                     raise ValueError(f"adapter {term.name}, layer {path!r}: {what} has NaN or infinite entries")
             if not math.isfinite(layer.scaling):
                 raise ValueError(f"adapter {term.name}, layer {path!r}: scaling is {layer.scaling}")
