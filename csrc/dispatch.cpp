@@ -8,6 +8,7 @@
 #include <pthread.h>
 #endif
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,6 +17,16 @@
 
 namespace lora_fuse {
 namespace {
+
+#if defined(__x86_64__) && defined(__linux__)
+// AMX: the CPU's word, then the kernel's leave to use tile data (granted once per process).
+bool amx_bf16() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 24)) || !(d & (1u << 22))) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 bool cpu_has(const std::string& isa) {
   if (isa == "baseline") return true;
@@ -28,6 +39,9 @@ bool cpu_has(const std::string& isa) {
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
   if (isa == "avx512_bf16") return avx512_bf16;
+#if defined(__linux__)
+  if (isa == "amx_bf16") return avx512_bf16 && amx_bf16();
+#endif
 #endif
   return false;
 }

@@ -24,6 +24,7 @@ constexpr int AXPY_STEPS = 512 / STEP;      // columns of fp32 sums per row held
 
 template <class T>
 struct Dot {  // acc += x . a over one step
+  static constexpr bool TILES = false;
   template <int M, int N>
   static inline __attribute__((always_inline)) void step(vf (&acc)[M][N], const T* const* x, const T* const* a, int64_t k) {
     half<0>(acc, x, a, k);
@@ -43,6 +44,7 @@ struct Dot {  // acc += x . a over one step
 #ifdef LF_BF16_DOT
 template <>
 struct Dot<bf16> {
+  static constexpr bool TILES = true;  // where the CPU has them
   template <int M, int N>
   static inline __attribute__((always_inline)) void step(vf (&acc)[M][N], const bf16* const* x, const bf16* const* a, int64_t k) {
     __m512bh av[N];
@@ -223,6 +225,10 @@ void expand(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ld
   if (n < n1) expand_tail(h, ldh, m, rank, b, ldb, y, n, n1);
 }
 
+#ifdef LF_AMX
+#include "lora_amx.inl"
+#endif
+
 // ---- a call ----
 
 template <class T>
@@ -246,6 +252,14 @@ struct Call {
       const int stop = starts[slot + 1] < end ? starts[slot + 1] : end;
       if (stop <= begin) continue;
       const int r = rank(slot);
+#ifdef LF_AMX
+      if constexpr (Dot<T>::TILES)
+        if (starts[slot + 1] - starts[slot] >= AMX_MIN_ROWS && r > 0 && r <= AMX_MAX_RANK) {
+          amx_rows(p, slot, begin, stop);
+          begin = stop;
+          continue;
+        }
+#endif
       const int block = r == 0 ? 0 : H_FLOATS / r < MAX_BLOCK_ROWS ? H_FLOATS / r : MAX_BLOCK_ROWS;
       for (; r > 0 && begin < stop; begin += block) {
         const int m = stop - begin < block ? stop - begin : block;

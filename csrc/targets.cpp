@@ -55,6 +55,16 @@ namespace avx512_bf16 {
 #include "lora.inl"
 }  // namespace avx512_bf16
 #pragma GCC pop_options
+
+#define LF_AMX 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
+namespace amx_bf16 {
+#include "simd.inl"
+#include "lora.inl"
+}  // namespace amx_bf16
+#pragma GCC pop_options
+#undef LF_AMX
 #undef LF_BF16_DOT
 #undef LF_WIDTH
 #endif  // LF_X86
@@ -71,6 +81,7 @@ std::vector<const KernelTable*> compiled_tables() {
     add("avx2", avx2::fill);
     add("avx512", avx512::fill);
     add("avx512_bf16", avx512_bf16::fill);
+    add("amx_bf16", amx_bf16::fill);
 #endif
     return t;
   }();
