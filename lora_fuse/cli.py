@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lora_fuse.adapters.lora import LoraAdapter
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-_METHODS = ("linear", "uniform", "cat", "svd")
+METHODS = ("linear", "uniform", "cat", "svd")
 
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:
@@ -103,7 +103,7 @@ def inspect(path: str, model: Path | None, adapter_name: str | None, component: 
 @click.argument("adapters", nargs=-1, required=True, type=SpecType(), metavar="ADAPTER[:WEIGHT]...")
 @click.option(
     "--method",
-    type=click.Choice(_METHODS),
+    type=click.Choice(METHODS),
     default="linear",
     show_default=True,
     help="linear: exact weighted sum. uniform: the mean. cat: exact, ranks add up. svd: truncated.",

@@ -35,7 +35,7 @@ def check_output(out: str | os.PathLike[str], overwrite: bool = False, inputs: S
         raise ValueError(f"{out}: exists and is not a folder")
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
-            raise ValueError(f"{out}: the output folder exists and is not empty (overwriting has to be asked for)")
+            raise ValueError(f"{out}: the output folder exists and is not empty (overwrite=True, or --overwrite, replaces it)")
         if not _replaceable(place):
             raise ValueError(f"{out}: holds other things than a model or adapters; it is not going to be replaced")
     return place

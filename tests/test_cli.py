@@ -1,0 +1,391 @@
+"""The command lora-fuse on real files: what it writes, what it says, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import LLAMA, assert_same_state, load, make_adapter, peft_merged, peft_model, save_llama
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+import lora_fuse as lf
+from lora_fuse import cli
+from lora_fuse._terminal import SizeType, Spec, parse_spec, size_text
+from lora_fuse.adapters.lora import LoraLayer
+from lora_fuse.merging.combine import _METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ["inspect", "merge", "fuse", "compress", "demo", "bench"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded model ``base``, adapters ``a`` and ``b``, and ``head`` with a copy of the output layer."""
+    root = tmp_path_factory.mktemp("files")
+    save_llama(root / "base")
+    targets: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+    make_adapter(LLAMA, root / "base", root / "a", 1, **targets)
+    make_adapter(LLAMA, root / "base", root / "b", 2, r=6, **targets)
+    make_adapter(LLAMA, root / "base", root / "head", 3, modules_to_save=["lm_head"], **targets)
+    return root
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
+
+
+def succeed(*args: object) -> Result:
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fail(*args: object, code: int = 2) -> str:
+    """The message of a command that has to fail: on stderr, without a traceback, nothing on stdout."""
+    result = run(*args)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)], ids=str)
+def test_help_shows_an_example(command: list[str]) -> None:
+    text = succeed(*command, "--help").stdout
+    example = text[text.index("Example:") :]
+    assert re.search(rf"^    lora-fuse {' '.join(command)}", example, re.MULTILINE)
+
+
+def test_every_command_is_there_and_the_version() -> None:
+    assert sorted(cli.main.commands) == sorted(COMMANDS)
+    assert succeed("--version").stdout == f"lora-fuse, version {lf.__version__}\n"
+    assert set(cli.METHODS) == set(_METHODS)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("loras/sql", Spec("loras/sql", None)),
+        ("loras/sql:0.7", Spec("loras/sql", 0.7)),
+        ("loras/sql:-1e-1", Spec("loras/sql", -0.1)),
+        ("owner/name:2", Spec("owner/name", 2.0)),
+        (r"C:\loras\sql", Spec(r"C:\loras\sql", None)),
+        (r"C:\loras\sql:0.5", Spec(r"C:\loras\sql", 0.5)),
+        ("a:b:0.5", Spec("a:b", 0.5)),
+        (":0.5", Spec(":0.5", None)),
+    ],
+)
+def test_adapter_and_weight(text: str, spec: Spec) -> None:
+    assert parse_spec(text) == spec
+
+
+def test_a_path_that_ends_like_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "epoch:3").mkdir()
+    assert parse_spec("epoch:3") == Spec("epoch:3", None)
+    assert parse_spec("epoch:3:0.5") == Spec("epoch:3", 0.5)
+
+
+def test_sizes() -> None:
+    def read(text: str) -> int:
+        return SizeType().convert(text, None, None)
+
+    assert [read(t) for t in ("5GB", "1.5 mb", "2KiB", "7")] == [5 * 10**9, 1_500_000, 2048, 7]
+    assert [size_text(n) for n in (0, 999, 1000, 2_660_368, 10**13)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "2.66 MB",
+        "10.00 TB",
+    ]
+
+
+def test_inspect_adapter(files: Path) -> None:
+    facts = json.loads(succeed("inspect", files / "head", "--json").stdout)
+    adapter = lf.load_adapter(files / "head")
+    assert facts["format"] == "PEFT"
+    assert facts["base_model"] == str(files / "base")
+    assert (facts["ranks"], facts["scalings"]) == ({"4": 4}, {"2.0": 4})
+    assert facts["targets"] == {"q_proj": 2, "v_proj": 2}
+    assert (facts["parameters"], facts["bytes"]) == (adapter.num_parameters(), adapter.nbytes)
+    assert facts["heads"] == {"lm_head.weight": [64, 32]}
+    table = succeed("inspect", files / "head").stdout
+    assert "q_proj (2), v_proj (2)" in table
+    assert "lm_head.weight 64x32" in table
+
+
+def test_inspect_model(files: Path) -> None:
+    facts = json.loads(succeed("inspect", files / "base", "--json").stdout)
+    model = load(LLAMA, files / "base")
+    assert facts["kind"] == "model"
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(facts["files"]) > 2
+    assert facts["dtypes"] == {"F32": facts["tensors"]}
+    assert "LlamaForCausalLM" in succeed("inspect", files / "base").stdout
+
+
+@pytest.fixture
+def kohya(files: Path, tmp_path: Path) -> Path:
+    tensors = {}
+    for path, layer in lf.load_adapter(files / "a").layers.items():
+        stem = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = layer.lora_a, layer.lora_b
+        tensors[f"{stem}.alpha"] = torch.tensor(float(layer.scaling * layer.rank))
+    save_file(tensors, tmp_path / "k.safetensors")
+    return tmp_path / "k.safetensors"
+
+
+def test_kohya_file(files: Path, kohya: Path, tmp_path: Path) -> None:
+    assert "without the model" in fail("inspect", kohya)
+    facts = json.loads(succeed("inspect", kohya, "--model", files / "base", "--json").stdout)
+    assert (facts["format"], facts["layers"]) == ("kohya", 4)
+    succeed("fuse", files / "base", kohya, "-o", tmp_path / "k")
+    succeed("fuse", files / "base", files / "a", "-o", tmp_path / "a")
+    assert_same_state(load(LLAMA, tmp_path / "k").state_dict(), load(LLAMA, tmp_path / "a").state_dict())
+
+
+def test_inspect_tells_what_a_strict_reader_refuses(files: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(files / "a", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "adapter_config.json").read_text())
+    (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps({**config, "use_novelty": True}))
+    facts = json.loads(succeed("inspect", tmp_path / "odd", "--json").stdout)
+    assert "use_novelty" in facts["warnings"][0]
+    assert "use_novelty" in fail("merge", tmp_path / "odd", "-o", tmp_path / "out")
+
+
+def test_fuse_equals_peft(files: Path, tmp_path: Path) -> None:
+    result = succeed("fuse", files / "base", files / "a", "-o", tmp_path / "out")
+    assert_same_state(load(LLAMA, tmp_path / "out").state_dict(), peft_merged(LLAMA, files / "base", files / "a"))
+    assert result.stderr == ""  # no bar and no spinner where there is no terminal
+    assert result.stdout.startswith(f"{tmp_path / 'out'}: 4 of ")
+
+
+def test_fuse_options(files: Path, tmp_path: Path) -> None:
+    options = ["--dtype", "bf16", "--max-shard-size", "10KB", "--rounding", "stochastic", "--seed", 3]
+    succeed("fuse", files / "base", f"{files / 'a'}:0.5", files / "b", "-o", tmp_path / "out", *options)
+    facts = json.loads(succeed("inspect", tmp_path / "out", "--json").stdout)
+    assert facts["dtypes"] == {"BF16": facts["tensors"]}
+    assert len(facts["files"]) > 3
+    ours, base = load(LLAMA, tmp_path / "out").state_dict(), load(LLAMA, files / "base").state_dict()
+    path = "model.layers.1.self_attn.v_proj"
+    exact = base[f"{path}.weight"]
+    for name, weight in (("a", 0.5), ("b", 1.0)):
+        exact = exact + weight * lf.load_adapter(files / name).delta(path)
+    torch.testing.assert_close(ours[f"{path}.weight"], exact, rtol=2**-7, atol=1e-7)
+
+
+def test_merge_writes_what_the_library_merges(files: Path, tmp_path: Path) -> None:
+    result = succeed("merge", f"{files / 'a'}:0.7", f"{files / 'b'}:-0.3", "-o", tmp_path / "out")
+    expected = lf.merge([lf.load_adapter(files / n) for n in "ab"], [0.7, -0.3])
+    written = lf.load_adapter(tmp_path / "out")
+    for path, layer in expected.layers.items():
+        assert torch.equal(written.delta(path), layer.product())
+    assert "energy" not in result.stdout  # exact
+    assert result.stderr == ""
+    assert peft_model(LLAMA, files / "base", tmp_path / "out") is not None
+
+
+def test_merge_says_what_truncation_kept(files: Path, tmp_path: Path) -> None:
+    out = succeed("merge", files / "a", files / "b", "--method", "svd", "--rank", 3, "-o", tmp_path / "out").stdout
+    adapters = [lf.load_adapter(files / n) for n in "ab"]
+    merged = lf.load_adapter(tmp_path / "out")
+    kept, total, worst = 0.0, 0.0, {}
+    for path in merged.layers:
+        exact = sum(a.layers[path].product(torch.float64) for a in adapters)
+        squares = torch.linalg.svdvals(exact).square()
+        kept, total = kept + float(squares[:3].sum()), total + float(squares.sum())
+        worst[path] = float(squares[:3].sum() / squares.sum())
+    path = min(worst, key=lambda p: worst[p])
+    assert f"energy kept {kept / total:.2%}, relative error {(1 - kept / total) ** 0.5:.3g}" in out
+    assert f"worst layer {worst[path]:.2%} ({path})" in out
+
+
+def test_merge_uniform_and_heads(files: Path, tmp_path: Path) -> None:
+    succeed("merge", files / "a", files / "b", "--method", "uniform", "--dtype", "bf16", "-o", tmp_path / "u")
+    adapter = lf.load_adapter(tmp_path / "u")
+    assert {t.dtype for t in adapter.tensors()} == {torch.bfloat16}
+    assert "uniform" in fail("merge", f"{files / 'a'}:2", "--method", "uniform", "-o", tmp_path / "v")
+    assert "modules_to_save" in fail("merge", files / "head", files / "head", "-o", tmp_path / "v")
+    succeed("merge", files / "head", files / "head", "--modules-to-save", "average", "-o", tmp_path / "v")
+    saved = [lf.load_adapter(p).modules_to_save["lm_head"]["weight"] for p in (tmp_path / "v", files / "head")]
+    torch.testing.assert_close(*saved)
+
+
+@pytest.mark.parametrize("option", [["--rank", "2"], ["--energy", "0.8"]], ids=str)
+def test_compress(files: Path, tmp_path: Path, option: list[str]) -> None:
+    result = succeed("compress", files / "a", files / "b", *option, "-o", tmp_path / "out")
+    key = option[0].removeprefix("--")
+    expected = lf.peru_lora({n: files / n for n in "ab"}, **{key: float(option[1]) if key == "energy" else 2})
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]
+    for name, adapter in expected.items():
+        written = lf.load_adapter(tmp_path / "out" / name)
+        assert all(torch.equal(written.delta(p), layer.product()) for p, layer in adapter.layers.items())
+        assert f"{expected.report.adapters[name].energy:.2%}" in result.stdout
+    assert f"{expected.report.energy:.2%}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("merge {f}/a {f}/b --method tsne -o {o}", "'tsne'"),
+        ("merge {f}/a:heavy -o {o}", "'heavy'"),
+        ("merge {f}/a:nan -o {o}", "weights"),
+        ("merge {f}/a:inf -o {o}", "weights"),
+        ("merge {f}/missing -o {o}", "missing"),
+        ("merge {f}/a", "--out"),
+        ("merge -o {o}", "ADAPTER"),
+        ("merge {f}/a {f}/b --method svd --rank 0 -o {o}", "rank"),
+        ("merge {f}/a {f}/b --rank 2 --energy 0.5 -o {o}", "rank, energy"),
+        ("merge {f}/a {f}/b -o {f}/a", "apart from the input"),
+        ("merge {f}/a {f}/b -o {f}/b/inside", "apart from the input"),
+        ("fuse {f}/base {f}/a -o {f}/base --overwrite", "apart from the input"),
+        ("fuse {f}/nowhere {f}/a -o {o}", "no such model folder"),
+        ("fuse {f}/a {f}/b -o {o}", "adapter"),
+        ("fuse {f}/base {f}/a:1e300 -o {o}", "finite"),
+        ("fuse {f}/base {f}/a --max-shard-size big -o {o}", "'big' is not a size"),
+        ("fuse {f}/base {f}/a --max-shard-size 0 -o {o}", "is not a size"),
+        ("fuse {f}/base {f}/a --dtype int8 -o {o}", "int8"),
+        ("fuse {f}/base -o {o}", "ADAPTER"),
+        ("compress {f}/a -o {o}", "--rank and --energy"),
+        ("compress {f}/a --rank 2 --energy 0.5 -o {o}", "--rank and --energy"),
+        ("compress {f}/a {f}/a --rank 2 -o {o}", "two are called 'a'"),
+        ("compress {f}/a --energy 1.5 -o {o}", "energy"),
+        ("inspect {f}", "choose one of"),
+        ("inspect {f}/none", "none"),
+        ("inspect {f}/a --model {f}/none", "no such model folder"),
+        ("inspect {f}/base/config.json", "config.json"),
+        ("explode", "explode"),
+    ],
+)
+def test_bad_input(files: Path, tmp_path: Path, args: str, says: str) -> None:
+    before = sorted(str(p) for p in files.rglob("*"))
+    assert says in fail(*args.format(f=files, o=tmp_path / "out").split())
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(str(p) for p in files.rglob("*")) == before
+
+
+def test_output_that_exists(files: Path, tmp_path: Path) -> None:
+    for command in (
+        ["merge", files / "a"],
+        ["fuse", files / "base", files / "a"],
+        ["compress", files / "a", "--rank", 2],
+    ):
+        out = tmp_path / command[0]
+        succeed(*command, "-o", out)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        assert "not empty" in fail(*command, "-o", out)
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        succeed(*command, "-o", out, "--overwrite")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "keep.txt").write_text("mine")
+    assert "other things" in fail("merge", files / "a", "-o", tmp_path / "notes", "--overwrite")
+    assert (tmp_path / "notes" / "keep.txt").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("--debug", "inspect", tmp_path / "none")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_warnings_are_lines_on_stderr(files: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(files / "b", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/base"}))
+    result = succeed("merge", files / "a", tmp_path / "b", "-o", tmp_path / "out")
+    assert result.stderr.startswith("Warning: ")
+    assert "other/base" in result.stderr
+    assert "UserWarning" not in result.stderr
+
+
+def test_demo_gets_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_fuse.demo
+
+    calls: list[tuple[Path, dict]] = []
+    monkeypatch.setattr(lora_fuse.demo, "run", lambda out, **options: calls.append((out, options)))
+    succeed("demo", "-o", tmp_path, "--quick")
+    succeed("demo")
+    assert calls == [
+        (tmp_path, {"data": None, "quick": True}),
+        (Path("lora_fuse_demo"), {"data": None, "quick": False}),
+    ]
+
+    def broken(out: Path, **options: Any) -> None:
+        raise RuntimeError("the demo needs peft")
+
+    monkeypatch.setattr(lora_fuse.demo, "run", broken)
+    assert fail("demo", code=1) == "Error: the demo needs peft\n"
+
+
+def test_bench_runs_the_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lf, "__file__", str(tmp_path / "lora_fuse" / "__init__.py"))
+    assert "come with the repository" in fail("bench")
+    (tmp_path / "benchmarks").mkdir()
+    script = "import sys; open('args.txt', 'w').write(' '.join(sys.argv[1:])); sys.exit(3)"
+    (tmp_path / "benchmarks" / "bench_multi_lora.py").write_text(script)
+    assert run("bench", "--quick").exit_code == 3
+    assert (tmp_path / "args.txt").read_text() == "--quick"
+
+
+def command_line(*args: object) -> list[str]:
+    return [sys.executable, "-m", "lora_fuse.cli", *map(str, args)]
+
+
+def test_progress_bar_on_a_terminal(files: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    command = command_line("fuse", files / "base", files / "a", "-o", tmp_path / "out")
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while piece := os.read(ours, 4096):
+                seen += piece
+        except OSError:  # how a terminal ends
+            pass
+        stdout = process.stdout.read() if process.stdout else b""
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"fuse" in seen
+    assert b"\xe2\x94\x81" in seen  # the bar
+    assert stdout.count(b"\n") == 1  # only the result
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
+    rows, columns = 1 << 17, 1024
+    size = rows * columns * 4
+    header = json.dumps({"m.weight": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, size]}}).encode()
+    base = tmp_path / "in" / "base"
+    base.mkdir(parents=True)
+    with (base / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # zeros, sparse on disk
+    layer = LoraLayer(torch.ones(4, columns), torch.ones(rows, 4), 1.0)
+    lf.LoraAdapter({"m": layer}).save_pretrained(tmp_path / "in" / "a")
+    (tmp_path / "results").mkdir()
+    command = command_line("fuse", base, tmp_path / "in" / "a", "-o", tmp_path / "results" / "out")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        while process.poll() is None and not any((tmp_path / "results").glob(".out.*.partial/model.safetensors")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else 1)
+    assert b"Traceback" not in stderr
+    assert list((tmp_path / "results").iterdir()) == []
