@@ -116,6 +116,7 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
 
 def all_finite(t: Tensor) -> bool:
     """Whether no entry is NaN or infinite: one of those makes the sum so too, and a sum needs no temporary."""
+    t = t.float() if t.element_size() == 1 else t  # fp8 has no arithmetic
     total = float(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32))
     return math.isfinite(total) or bool(torch.isfinite(t).all())  # finite entries may still overflow their sum
 
@@ -141,7 +142,8 @@ def warn_about_bases(terms: Sequence[Term]) -> None:
             bases.setdefault(str(base), term.name)
     if len(bases) > 1:
         listed = ", ".join(f"{base!r} (adapter {name})" for base, name in bases.items())
-        warnings.warn(f"the adapters name different base models: {listed}", UserWarning, stacklevel=3)
+        # Past merge and its no_grad wrapper, to the line that called it.
+        warnings.warn(f"the adapters name different base models: {listed}", UserWarning, stacklevel=4)
 
 
 def refuse_absolute(terms: Sequence[Term], what: str) -> None:
