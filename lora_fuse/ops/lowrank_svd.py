@@ -4,11 +4,11 @@ With ``Bc = [B_1 | ... | B_N]``, ``Ac = [A_1; ...; A_N]`` and W the weights, one
 gives ``Bc = Qb Rb`` and ``Ac^T = Qa Ra``; the SVD of the ``R x R`` core ``Rb W Ra^T = U S V^T`` then yields the sum's
 own: ``(Qb U) S (Qa V)^T``.
 
-Everything runs in fp64. The factors are thin, so on a CPU that costs 1.1 to 1.5 times fp32's time (4096 x 128 factors:
-11 against 9 ms), and it is what keeps the answer right where fp32 loses it: adapters that nearly cancel (``w = 1, -1``)
-or nearly coincide. A Gram matrix instead of QR squares the condition number: it costs a third, but even in fp64 it
-drowns singular values below 1e-8 of the largest. Q is never formed: ``ormqr`` applies its reflectors to the k columns
-that are kept.
+Everything runs in fp64. The factors are thin, so that is affordable (geqrf of 4096 x 128 on a Sapphire Rapids: 5.0 ms
+against 4.7 in fp32 with two threads, 8.9 against 5.7 with one), and it keeps the answer right where fp32 loses it:
+for adapters that differ by 1e-4 and get weights 1 and -1 the fp32 result is off by 5e-3, for 1e-6 by half. A Gram
+matrix instead of QR costs a third, but squares the condition number: even in fp64 it drowns singular values below 1e-8
+of the largest. Q is never formed: ``ormqr`` applies its reflectors to the k columns that are kept.
 """
 
 from __future__ import annotations
