@@ -58,7 +58,7 @@ def load_adapter(
             LoRA-GA, LoftQ), and the model it will be used with has those changed weights.
         strict: raise for every tensor, name and config key that is not accounted for. False warns about those that can
             be left out, and leaves them out; missing or misshapen tensors, NaN and inf still raise.
-        dtype: of all tensors; None keeps the file's.
+        dtype: of all floating-point tensors; None keeps the file's.
         device: where the tensors go.
     Returns:
         The adapter. Module paths are the model's own.
@@ -118,6 +118,6 @@ def _cast(adapter: LoraAdapter, dtype: torch.dtype | None, device: torch.device 
     if dtype is not None:
         findings = Findings(f"dtype: {adapter.source} does not fit into {dtype}")
         for key, tensor in peft_tensors(cast).items():
-            check_tensor(key, tensor, findings)
+            check_tensor(key, tensor, findings, integer=True)
         findings.settle()
     return cast

@@ -153,10 +153,10 @@ class LoraAdapter:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LoraAdapter:
-        """A copy with every tensor moved; ``self`` is unchanged."""
+        """A copy with every tensor moved, and the floating-point ones cast; ``self`` is unchanged."""
 
         def move(t: Tensor) -> Tensor:
-            return t.to(device=device, dtype=dtype)
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
 
         return replace(
             self,

@@ -105,10 +105,12 @@ class _Reader:
         self.token_rows: dict[str, Tensor] = {}
 
     def take(self, key: str, role: str, path: str, parameter: str, tensor: Tensor) -> None:
-        if not check_tensor(key, tensor, self.findings):
+        if not check_tensor(key, tensor, self.findings, integer=role in ("saved", "plain")):
             return
         tensor = tensor.detach()
         if role == "token_rows":
+            if path in self.token_rows:
+                self.findings.fatal.append(f"{key}: the rows of {path} are in the file twice")
             self.token_rows[path] = tensor
         elif role in ("saved", "plain"):
             full = f"{path}.{parameter}"
@@ -209,6 +211,11 @@ class _Reader:
                 )
                 continue
             yield path, (torch.tensor(list(ids), dtype=torch.long, device=rows.device), rows)
+        for name in indices if isinstance(indices, Mapping) else [""] if indices else []:
+            if not any(path == name or path.endswith(f".{name}" if name else "") for path in self.token_rows):
+                self.findings.tolerable.append(
+                    f"trainable_token_indices: the file has no rows for {name or 'its tokens'}"
+                )
 
 
 def _saved_module(path: str, names: Any) -> str | None:

@@ -29,18 +29,21 @@ class RawLayer:
         return f"{self.keys[role]} {tuple(self.tensors[role].shape)}"
 
 
-def check_tensor(key: str, tensor: Any, findings: Findings) -> bool:
-    """False (and a finding) if no adapter can hold this: not floating point, without data, or with NaN or inf in it."""
+def check_tensor(key: str, tensor: Any, findings: Findings, integer: bool = False) -> bool:
+    """False (and a finding) if no adapter can hold this: without data, with NaN or inf in it, or not floating point.
+
+    ``integer`` accepts other dtypes too, for the buffers of a copied module.
+    """
     before = len(findings.fatal)
     if not isinstance(tensor, Tensor):
         findings.fatal.append(f"{key}: expected a tensor, got {type(tensor).__name__}")
-    elif not tensor.is_floating_point():
+    elif not (tensor.is_floating_point() or integer):
         findings.fatal.append(f"{key}: expected floating point, got {tensor.dtype}")
     elif tensor.device.type == "meta":
         findings.fatal.append(f"{key}: is on the meta device, it has no data")
     elif tensor.numel() == 0:
         findings.fatal.append(f"{key}: is empty, shape {tuple(tensor.shape)} (an unsharded export of a sharded model?)")
-    else:
+    elif tensor.is_floating_point():
         wide = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()  # fp8 has no arithmetic
         # NaN and inf survive in a sum, which is many times faster than isfinite; a sum may also overflow by itself
         if not math.isfinite(wide.sum().item()) and not bool(torch.isfinite(wide).all()):

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "head_saved": ("bert", {"r": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
     "seq_cls": ("bert", {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "nested_saved": ("bert", {"r": 4, "target_modules": ["query"], "modules_to_save": ["pooler", "LayerNorm"]}),
+    "integer_buffer_saved": ("plain", {"target_modules": ["0"], "modules_to_save": ["norm"]}),
     "bias_all": ("bert", {"r": 4, "target_modules": ["query"], "bias": "all"}),
     "bias_all_head": ("bert", {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}),
     "bias_lora_only": ("bert", {"r": 4, "target_modules": ["query", "output.dense"], "bias": "lora_only"}),
@@ -261,6 +262,11 @@ def test_config_object_and_override(write: Callable[..., Written]) -> None:
 
 def test_dtype_and_device(write: Callable[..., Written]) -> None:
     written = write("bert", r=4, target_modules=["query"], modules_to_save=["classifier"])
+    plain = lf.load_adapter(
+        write("plain", "p", target_modules=["0"], modules_to_save=["norm"]).directory, dtype=torch.half
+    )
+    assert plain.modules_to_save["norm"]["num_batches_tracked"].dtype == torch.int64
+    assert plain.modules_to_save["norm"]["running_mean"].dtype == torch.float16
     adapter = lf.load_adapter(written.directory, dtype=torch.bfloat16, device="cpu")
     assert {t.dtype for t in adapter.tensors()} == {torch.bfloat16}
     assert adapter.nbytes == 2 * adapter.num_parameters()
