@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_fuse.checkpoints.header import TensorInfo
 from lora_fuse.checkpoints.read import read_tensor, read_tiles
 from lora_fuse.merging.terms import LayerTerm
+from lora_fuse.merging.update import accumulation_dtype, dora_scale, stacked_factors
 
 
 class Edit(Protocol):
@@ -58,16 +59,16 @@ class AddDeltas:
         for tile in self._sums():
             stop = start + tile.shape[0]
             if columns:
-                scale = _dora_scale(magnitude, squares)
+                scale = dora_scale(magnitude, squares)
             else:
                 squares = tile.flatten(1).to(torch.float64).square().sum(1)
-                scale = _dora_scale(magnitude[start:stop], squares).reshape(-1, *[1] * (tile.dim() - 1))
+                scale = dora_scale(magnitude[start:stop], squares).reshape(-1, *[1] * (tile.dim() - 1))
             yield tile.mul_(scale.to(tile.dtype))
             start = stop
 
     def _sums(self) -> Iterator[Tensor]:
-        double = self.source.dtype in ("F64", torch.float64)
-        dtype = torch.float64 if double else torch.float32
+        given = self.source.torch_dtype if isinstance(self.source, TensorInfo) else self.source.dtype
+        dtype = accumulation_dtype(given)
         columns_first = self.transposed or self.terms[0].layer.kind == "embedding"
         left, right = stacked_factors(self.terms, dtype, columns_first)
         for start, block in _tiles_of(self.source):
@@ -81,19 +82,7 @@ def _tiles_of(source: TensorInfo | Tensor) -> Iterator[tuple[int, Tensor]]:
         yield from read_tiles(source)
         return
     for start in range(0, source.shape[0], 4096):
-        yield start, source[start : start + 4096].clone()
-
-
-def _dora_scale(magnitude: Tensor, squares: Tensor) -> Tensor:
-    """DoRA's factor; a row of zeros has no direction, and stays zero whatever its magnitude."""
-    return torch.where(squares > 0, magnitude / squares.sqrt(), 0.0)
-
-
-def stacked_factors(terms: Sequence[LayerTerm], dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
-    """``left [rows, R]`` and ``right [R, columns]`` with ``left @ right = sum_i coef_i B_i A_i`` as the weight lies."""
-    b = torch.cat([term.layer.lora_b.flatten(1).to(torch.float64) * term.coef for term in terms], 1).to(dtype)
-    a = torch.cat([term.layer.lora_a.flatten(1).to(dtype) for term in terms], 0)
-    return (a.t(), b.t()) if transposed else (b, a)
+        yield start, source[start : start + 4096].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

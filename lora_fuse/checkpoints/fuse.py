@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_fuse.adapters.lora import LoraAdapter
-from lora_fuse.checkpoints.edits import Edit, Unchanged
+from lora_fuse.checkpoints.edits import Edit, NewValues, Unchanged
 from lora_fuse.checkpoints.header import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
-from lora_fuse.checkpoints.output import staged_folder
+from lora_fuse.checkpoints.output import extra_modules, staged_folder
 from lora_fuse.checkpoints.plan import FusePlan, plan_fuse
 from lora_fuse.checkpoints.read import Checkpoint, open_checkpoint, read_bytes
 from lora_fuse.checkpoints.write import OutTensor, ShardWriter, lay_out, write_index, write_json
 from lora_fuse.merging.rounding import round_nearest, round_stochastic
-from lora_fuse.merging.terms import SavePolicy, Weights
+from lora_fuse.merging.terms import SavePolicy, Weights, all_finite
 
 # Weights in other formats would be stale beside the new ones, and training states do not belong to the result.
 _NOT_COPIED = (
@@ -150,14 +149,21 @@ def _outputs(
     for name, edit in plan.edits.items():
         if name not in checkpoint.tensors:
             edits[name] = edit
-            source = getattr(edit, "source", None)
-            code = source.dtype if isinstance(source, TensorInfo) else _main_dtype(checkpoint)
-            shards[last].append(OutTensor.of(name, _out_dtype(code, dtype), edit.shape))
+            shards[last].append(OutTensor.of(name, _out_dtype(_own_dtype(edit, checkpoint), dtype), edit.shape))
     return edits, lay_out(shards, checkpoint.stem, max_shard_size)
 
 
 def _out_dtype(code: str, dtype: torch.dtype | None) -> str:
     return DTYPE_NAMES[dtype] if dtype is not None and code in FLOAT_DTYPES else code
+
+
+def _own_dtype(edit: Edit, checkpoint: Checkpoint) -> str:
+    """The dtype of an inserted tensor: that of the base's it was made from, else the model's."""
+    if isinstance(edit, NewValues):
+        floating = edit.values.is_floating_point()
+        return _main_dtype(checkpoint) if floating else DTYPE_NAMES[edit.values.dtype]
+    source = getattr(edit, "source", None)
+    return source.dtype if isinstance(source, TensorInfo) else _main_dtype(checkpoint)
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:
@@ -180,9 +186,8 @@ def _pieces(tensor: OutTensor, edit: Edit, generator: torch.Generator | None) ->
             rounded = round_stochastic(tile, target, generator)
         else:
             rounded = round_nearest(tile, target)
-        finite = torch.isfinite(rounded)
         # an untouched tensor may hold infinities of its own; a cast must only not add any
-        if not bool(finite.all()) and (changed or not bool((finite | ~torch.isfinite(tile)).all())):
+        if not all_finite(rounded) and (changed or bool((torch.isinf(rounded) & torch.isfinite(tile)).any())):
             raise ValueError(
                 f"{tensor.name}: the result is not finite in {tensor.dtype}: the base or an adapter holds NaN or "
                 "infinite values, or values too large for that dtype"
@@ -207,9 +212,6 @@ def _copy_companions(base: Path, stage: Path) -> None:
     for source in sorted(base.iterdir()):
         if source.is_file() and not source.name.startswith(".") and not source.name.endswith(_NOT_COPIED):
             shutil.copyfile(source, stage / source.name)
-    modules = base / "modules.json"
-    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
-    paths = [module["path"] for module in listed if module.get("path")]
-    for path in [*paths, "additional_chat_templates"]:
-        if Path(path).name == path and (base / path).is_dir():
+    for path in (*extra_modules(base), "additional_chat_templates"):
+        if (base / path).is_dir():
             shutil.copytree(base / path, stage / path, dirs_exist_ok=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-_OURS = ("config.json", "adapter_config.json")
 
 
 def check_output(out: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Path] = ()) -> Path:
@@ -35,18 +34,45 @@ def check_output(out: str | os.PathLike[str], overwrite: bool = False, inputs: S
         raise ValueError(f"{out}: exists and is not a folder")
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
-            raise ValueError(f"{out}: the output folder exists and is not empty (overwrite=True, or --overwrite, replaces it)")
+            raise ValueError(
+                f"{out}: the output folder exists and is not empty (overwrite=True, or --overwrite, replaces it)"
+            )
         if not _replaceable(place):
             raise ValueError(f"{out}: holds other things than a model or adapters; it is not going to be replaced")
     return place
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether everything in the folder is a model's or adapters': a slip of the path must not delete anything else."""
-    if any((folder / name).is_file() for name in _OURS):
-        return folder.resolve() not in (Path.cwd().resolve(), *Path.cwd().resolve().parents)
+    """Whether the folder is a model's or an adapter's, or holds nothing but adapters'.
+
+    A slip of the path must not delete anything else, such as a training run's checkpoints beside its adapter.
+    """
+    here = Path.cwd().resolve()
+    if folder == here or folder in here.parents:
+        return False
     entries = list(folder.iterdir())
-    return all(e.is_dir() and not e.is_symlink() and any((e / name).is_file() for name in _OURS) for e in entries)
+    if all(entry.is_dir() and not entry.is_symlink() for entry in entries):
+        return all((entry / "adapter_config.json").is_file() and _is_ours(entry) for entry in entries)
+    return _is_ours(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    config = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    known = {"additional_chat_templates", *extra_modules(folder)}
+    others = [entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in known]
+    return config and any(folder.glob("*.safetensors")) and not others
+
+
+def extra_modules(folder: Path) -> list[str]:
+    """Names of the folders of sentence-transformers' modules beside the transformer, from ``modules.json``."""
+    listing = folder / "modules.json"
+    if not listing.is_file():
+        return []
+    try:
+        paths = [module.get("path") for module in json.loads(listing.read_text(encoding="utf-8"))]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{listing}: damaged: {error}") from None
+    return [path for path in paths if isinstance(path, str) and path and Path(path).name == path]
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def plan_fuse(
     terms, renamings = [], []
     for term in make_terms(adapters, weights):
         renaming = match_paths(term.adapter, checkpoint, term.name)
-        adapter = _without_known_weights(renamed(term.adapter, renaming, checkpoint), checkpoint)
+        adapter = _without_known_weights(renamed(term.adapter.to(device="cpu"), renaming, checkpoint), checkpoint)
         terms.append(replace(term, adapter=adapter))
         renamings.append(renaming)
         if renaming != Renaming():
@@ -236,7 +236,8 @@ def _plan_biases(plan: FusePlan, terms: Sequence[Term], checkpoint: Checkpoint) 
 
 def _plan_rows(plan: FusePlan, terms: Sequence[Term], checkpoint: Checkpoint) -> None:
     for term in terms:
-        for path, (ids, rows) in term.adapter.trainable_tokens.items():
+        for path, (given_ids, rows) in term.adapter.trainable_tokens.items():
+            ids = given_ids.to("cpu")
             name = f"{path}.weight"
             base = checkpoint.tensors.get(name)
             if base is None:

@@ -164,7 +164,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:10])) + rest
 
 
-def read_bytes(tensor: TensorInfo, chunk: int = 1 << 24) -> Iterator[bytes]:
+def read_bytes(tensor: TensorInfo, chunk: int = 1 << 22) -> Iterator[bytes]:
     """The tensor's bytes, in pieces of at most ``chunk``."""
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset)
@@ -177,7 +177,7 @@ def read_bytes(tensor: TensorInfo, chunk: int = 1 << 24) -> Iterator[bytes]:
             yield piece
 
 
-def read_tiles(tensor: TensorInfo, max_bytes: int = 1 << 25) -> Iterator[tuple[int, Tensor]]:
+def read_tiles(tensor: TensorInfo, max_bytes: int = 1 << 22) -> Iterator[tuple[int, Tensor]]:
     """The tensor as blocks of whole rows of at most ``max_bytes`` each (one row at least).
 
     Returns:

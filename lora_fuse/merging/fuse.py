@@ -26,6 +26,7 @@ from lora_fuse.merging.terms import (
     make_terms,
     refuse_absolute,
 )
+from lora_fuse.merging.update import accumulation_dtype, dora_scale, stacked_factors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _Rounder: TypeAlias = Callable[[Tensor, torch.dtype], Tensor]
@@ -185,9 +186,8 @@ class _Write:
 
     def _run_tiles(self, round_to: _Rounder) -> None:
         param, device = self.param, self.param.device
-        lowered = torch.get_float32_matmul_precision() != "highest"
-        compute = torch.float64 if param.dtype == torch.float64 or lowered else torch.float32
-        factors = self._factors(compute, device) if self.parts else None
+        compute = accumulation_dtype(param.dtype)
+        factors = stacked_factors(self.parts, compute, self.transposed, device) if self.parts else None
         scale = self._dora_scale(factors, compute) if factors is not None else None
         for begin, end, acc in self._tiles(factors, compute):
             if scale is not None:
@@ -212,12 +212,6 @@ class _Write:
                 acc.addmm_(factors[0][begin:end], factors[1])
             yield begin, end, acc
 
-    def _factors(self, compute: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``left [rows, R]`` and ``right [R, columns]`` whose product is the update as the weight is stored."""
-        b = torch.cat([p.layer.lora_b.flatten(1).to(device, torch.float64) * p.coef for p in self.parts], 1).to(compute)
-        a = torch.cat([p.layer.lora_a.flatten(1).to(device, compute) for p in self.parts], 0)
-        return (a.t(), b.t()) if self.transposed else (b, a)
-
     def _dora_scale(self, factors: tuple[Tensor, Tensor], compute: torch.dtype) -> Tensor | None:
         """DoRA: ``magnitude / norm(W + delta)`` per output feature, or None if the layer has no magnitude."""
         magnitude = self.parts[0].layer.magnitude
@@ -230,8 +224,7 @@ class _Write:
                 squares += acc.to(torch.float64).square().sum(0)
             else:
                 squares[begin:end] = acc.to(torch.float64).square().sum(1)
-        # A row of zeros has no direction, and stays zero whatever its magnitude.
-        return torch.where(squares > 0, magnitude / squares.sqrt(), 0.0).to(compute)
+        return dora_scale(magnitude, squares).to(compute)
 
     def _store(self, where: Tensor, value: Tensor) -> None:
         if not all_finite(value):

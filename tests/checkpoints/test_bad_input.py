@@ -248,6 +248,9 @@ def test_output_rules(base: Path, lora: LoraAdapter, tmp_path: Path) -> None:
     (precious / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(ValueError, match="other things"):
         fuse_checkpoint(base, [lora], out=precious, overwrite=True)
+    (out / "checkpoint-500").mkdir()  # a training run's folder, say
+    with pytest.raises(ValueError, match="other things"):
+        fuse_checkpoint(base, [lora], out=out, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="not a folder"):
         fuse_checkpoint(base, [lora], out=tmp_path / "file", overwrite=True)
@@ -259,6 +262,7 @@ def test_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with staged_folder(out) as stage:
         (stage / "config.json").write_text("old")
+        (stage / "model.safetensors").write_text("old")
 
     def interrupted() -> None:
         with staged_folder(out, overwrite=True) as stage:
