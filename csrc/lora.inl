@@ -11,12 +11,13 @@
 
 constexpr int K_BLOCK = 1024;               // in_features per pass: a tile's rows of x stay in L1
 constexpr int H_FLOATS = kStackWorkspace;   // rows x rank of one block's intermediate, 64 KB of stack
-constexpr int MAX_BLOCK_ROWS = 64;
+constexpr int MAX_BLOCK_ROWS = 256;
 #if LF_WIDTH == 16
 constexpr int MR = 6, NR = 4, EXPAND_STEPS = 2;  // 24 accumulators of 32 registers
 #else
 constexpr int MR = 2, NR = 4, EXPAND_STEPS = 2;  // 8 accumulators of 16 registers
 #endif
+constexpr int EXPAND_ROWS = 8 * MR;         // rows that expand takes across all columns: their lines of y stay prefetched
 constexpr int AXPY_ROWS = 2;                // up to so many rows, expand streams whole rank rows
 constexpr int AXPY_STEPS = 512 / STEP;      // columns of fp32 sums per row held in L1 then
 
@@ -208,9 +209,8 @@ void expand_axpy(const float* h, int rank, const T* b, int64_t ldb, T* y, int64_
   }
 }
 
-// y [m, n0:n1] += h [m, rank] b [rank, n0:n1]; n0 is a multiple of STEP.
 template <class T>
-void expand(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, int64_t n1) {
+void expand_block(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, int64_t n1) {
   int64_t n = n0;
   if (m <= AXPY_ROWS) {
     for (int i = 0; i < m; ++i) expand_axpy(h + i * ldh, rank, b, ldb, y[i], n0, n1);
@@ -223,6 +223,13 @@ void expand(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ld
       for (int i = 0; i < m; i += MR) expand_rows<MR, 1>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n);
   }
   if (n < n1) expand_tail(h, ldh, m, rank, b, ldb, y, n, n1);
+}
+
+// y [m, n0:n1] += h [m, rank] b [rank, n0:n1]; n0 is a multiple of STEP.
+template <class T>
+void expand(const float* h, int64_t ldh, int m, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, int64_t n1) {
+  for (int i = 0; i < m; i += EXPAND_ROWS)
+    expand_block(h + i * ldh, ldh, m - i < EXPAND_ROWS ? m - i : EXPAND_ROWS, rank, b, ldb, y + i, n0, n1);
 }
 
 #ifdef LF_AMX

@@ -14,7 +14,7 @@
 constexpr int AMX_MIN_ROWS = 16, AMX_MAX_RANK = 512;
 constexpr int AMX_K = 512;        // in_features packed at a time
 constexpr int AMX_RANKS = 64;     // ranks packed at a time: 64 KB of packed A
-constexpr int AMX_COLS = 128;     // out_features packed at a time
+constexpr int AMX_STRIPS = 16;    // 32-column strips x rank tiles packed at a time: 32 KB of packed B
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -175,9 +175,9 @@ inline void add_sums(bf16* y, __mmask32 mask, const float* lo, const float* hi) 
 // y [m, n] += split b; mp = m padded to 16
 inline void amx_expand(const bf16* split, int m, int mp, int rank, const bf16* b, int64_t ldb, bf16* const* y, int64_t n) {
   const int tiles = (rank + 15) / 16;
-  alignas(64) bf16 packed[AMX_MAX_RANK / 16 * 1024 * (AMX_COLS / 32)];
+  alignas(64) bf16 packed[(AMX_MAX_RANK / 16 > AMX_STRIPS ? AMX_MAX_RANK / 16 : AMX_STRIPS) * 1024];
   alignas(64) float sums[4][256];
-  const int64_t cols = tiles <= 8 ? AMX_COLS : 32;  // keep the packed strips within L1 and L2
+  const int64_t cols = (tiles < AMX_STRIPS ? AMX_STRIPS / tiles : 1) * 32;
   for (int64_t n0 = 0; n0 < n; n0 += cols) {
     const int64_t width = n - n0 < cols ? n - n0 : cols;
     pack_b(b + n0, ldb, rank, tiles, width, packed);
