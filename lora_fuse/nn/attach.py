@@ -18,7 +18,7 @@ from lora_fuse.nn.linear import AdaptedModule
 from lora_fuse.nn.plan import Plan, plan
 from lora_fuse.nn.selection import SelectionLike, parse_selection
 from lora_fuse.nn.serving import Context, Serving, batched_input
-from lora_fuse.nn.traced import pin, unpin
+from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
 
 _WAIT_SECONDS = 5.0
 
@@ -98,6 +98,10 @@ class _End:
             unpin(self.serving)
         else:
             self.serving.end(output)
+
+
+run_as_plain_python(_Begin.__call__)
+run_as_plain_python(_End.__call__)
 
 
 def _attachment(model: nn.Module) -> Attachment:
@@ -350,8 +354,8 @@ def _put(
     _install(model, planned, attachment, pools, copies)
     info = _describe(loaded[name], planned, name, lease.index)
     attachment.info = {**attachment.info, name: info}
-    published = serving.published
-    serving.publish({**published.leases, name: lease}, {**published.heads, name: frozenset(info.heads)})
+    leases = {**serving.published.leases, name: lease}
+    serving.publish(leases, {**serving.published.heads, name: frozenset(info.heads)})
     heads.prune(attachment.heads.values(), serving)
 
 
@@ -367,14 +371,12 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     attachment = _attachment(model)
     with attachment.changing:
         serving = attachment.serving
-        published = serving.published
-        published.lease(name)
+        serving.published.lease(name)
         attachment.info = {n: info for n, info in attachment.info.items() if n != name}
         serving.publish(
-            {n: lease for n, lease in published.leases.items() if n != name},
-            {n: paths for n, paths in published.heads.items() if n != name},
+            {n: lease for n, lease in serving.published.leases.items() if n != name},
+            {n: paths for n, paths in serving.published.heads.items() if n != name},
         )
-        del published
         heads.prune(attachment.heads.values(), serving)
 
 

@@ -63,6 +63,7 @@ class HeadCopies(nn.Module):
 class MultiHead(AdaptedModule):
     """Mixed into a module's class: rows run through the copy of the adapter that they selected, if it brought one."""
 
+    lora_prefix = "MultiHead"
     lora_heads: HeadCopies
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -72,6 +72,7 @@ class AdaptedModule(nn.Module):
     """What every layer that was given slots has; a module gets it by a change of class, so its identity stays."""
 
     lora_base: type[nn.Module] = nn.Module  # the class to go back to
+    lora_prefix = "MultiLoRA"
     lora_serving: Serving
     lora_path: str
     lora_pool: AdapterPool
@@ -151,7 +152,7 @@ def wrapped_class(mixin: type[AdaptedModule], base: type[nn.Module], fresh: bool
     made = _WRAPPED.get((mixin, base, fresh))
     if made is None:
         names = {"lora_base": base, "lora_mixin": mixin, "lora_fresh": fresh, "__module__": __name__}
-        made = type(f"MultiLoRA{base.__name__}", (mixin, base), names)
+        made = type(f"{mixin.lora_prefix}{base.__name__}", (mixin, base), names)
         made = _WRAPPED.setdefault((mixin, base, fresh), made)
     return made
 

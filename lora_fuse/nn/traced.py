@@ -3,13 +3,16 @@ it.
 
 Compiled code must not bake a selection in, nor be recompiled when it changes. So a compiled layer asks an opaque op
 for the routing tensors, which then flow into ``multi_lora`` (and into the saved tensors of its backward) like any
-others. When the whole model is compiled, its pre-hook pins the selection once and hands a token to the layers: all of
-them, and their recomputation in a backward, see one snapshot.
+others. The
+outermost forward's hooks run outside of compiled code where ``torch.compile(model)`` puts them, and take the selection
+for the thread as ever. Where they are traced into a larger graph they pin it with a token instead: all layers, and
+their recomputation in a backward, see one snapshot.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -77,6 +80,16 @@ torch.library.register_fake(
     "lora_fuse::pin_selection", lambda x, handle: x.new_empty(1, dtype=torch.int64), lib=LIBRARY
 )
 torch.library.register_fake("lora_fuse::current_routing", _fake_current, lib=LIBRARY)
+
+
+def run_as_plain_python(function: Callable[..., Any]) -> None:
+    """Keep dynamo from compiling this function as a frame of its own; tracing through a call of it still works.
+
+    ``torch.compiler.disable`` would be a graph break there, and importing it costs a second.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 
 
 def pin(serving: Serving, x: Tensor | None) -> None:
