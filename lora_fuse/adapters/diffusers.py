@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_fuse.adapters.files import CONFIG_NAME
+from lora_fuse.adapters.files import CONFIG_NAME, DIFFUSERS_HEADER
 from lora_fuse.adapters.sources import Opened
 
-HEADER_KEY = "lora_adapter_metadata"
 _OLD_LAYOUTS = (
     ".lora_linear_layer.",
     "_lora.down.weight",
@@ -63,15 +62,15 @@ def select_component(opened: Opened, component: str | None) -> Opened:
 
 def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
     """Component -> config, from the header; the component is "" if the header holds a single model's config."""
-    text = opened.header.get(HEADER_KEY)
+    text = opened.header.get(DIFFUSERS_HEADER)
     if text is None:
         return {}
     try:
         flat = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{opened.name}: {HEADER_KEY} in the header is not valid JSON: {error}") from error
+        raise ValueError(f"{opened.name}: {DIFFUSERS_HEADER} in the header is not valid JSON: {error}") from error
     if not isinstance(flat, Mapping):
-        raise ValueError(f"{opened.name}: {HEADER_KEY} in the header is not a JSON object")
+        raise ValueError(f"{opened.name}: {DIFFUSERS_HEADER} in the header is not a JSON object")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, name = key.rpartition(".")

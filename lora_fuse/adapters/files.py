@@ -15,6 +15,7 @@ from torch import Tensor
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+DIFFUSERS_HEADER = "lora_adapter_metadata"  # the config, as JSON, in a diffusers file
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -84,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write tensors, sorted by key; strided and aliased ones are copied, as the format has neither."""
     seen: set[int] = set()
     flat: dict[str, Tensor] = {}
@@ -93,7 +94,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         storage = t.untyped_storage().data_ptr()
         flat[key] = t.clone() if storage in seen and t.numel() else t
         seen.add(storage)
-    save_file(flat, path, metadata={"format": "pt"})
+    save_file(flat, path, metadata={"format": "pt", **(header or {})})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ def load_adapter(
         source: one of
 
             - a directory that PEFT (or diffusers) saved, or one with such a directory for each adapter;
-            - a ``.safetensors`` file: PEFT tensors, kohya's, or diffusers' with the config in its header;
+            - a ``.safetensors`` file: PEFT's, kohya's, or diffusers' with the config in its header;
             - an id on the Hugging Face hub, ``owner/name``, which needs the extra ``lora-fuse[hub]``;
             - a ``peft.PeftModel``, or any model that has PEFT adapters injected; its tensors are copied;
             - a state dict, with ``config=`` unless it is kohya's; its tensors are not copied.

@@ -200,17 +200,19 @@ class LoraAdapter:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, component: str | None = None) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does; see ``adapters.save``.
 
         Args:
             directory: created if need be. An adapter already in it is replaced; other files stay.
+            component: for a diffusers pipeline, the adapted model's name in it, such as "transformer" or "unet"; the
+                directory then gets ``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``.
         Raises:
             ValueError: ``directory`` is a file, or PEFT's format cannot express the adapter.
         """
         from lora_fuse.adapters.save import save_adapter  # the writer imports this module
 
-        save_adapter(self, directory)
+        save_adapter(self, directory, component)
 
     def __repr__(self) -> str:
         ranks = sorted({layer.rank for layer in self.layers.values()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -13,13 +14,22 @@ from torch import Tensor
 
 from lora_fuse.adapters._atomic import atomic_directory
 from lora_fuse.adapters.config import LoraSettings, parse_settings
-from lora_fuse.adapters.files import CONFIG_NAME, WEIGHTS_NAME, write_json, write_safetensors
+from lora_fuse.adapters.files import (
+    CONFIG_NAME,
+    DIFFUSERS_HEADER,
+    DIFFUSERS_NAME,
+    WEIGHTS_NAME,
+    write_json,
+    write_safetensors,
+)
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.adapters.peft import PREFIX
 
 
-def save_adapter(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
+def save_adapter(adapter: LoraAdapter, directory: str | os.PathLike[str], component: str | None = None) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``; both appear or neither.
+
+    With ``component``, write one file for a diffusers pipeline instead, ``pytorch_lora_weights.safetensors``.
 
     Tensors are written bit for bit. ``target_modules`` becomes the list of the layers' full paths. ``r``,
     ``lora_alpha`` and the two patterns stay as they were read if they still describe every layer, else they are
@@ -28,14 +38,20 @@ def save_adapter(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> Non
     Args:
         adapter: what to write.
         directory: created if need be; other files in it stay.
+        component: the adapted model's name in the pipeline, such as "transformer" or "unet"; None writes PEFT's files.
     Raises:
         ValueError: ``directory`` is a file, or PEFT's format cannot express the adapter: DoRA on some layers only, a
             ``lora_bias`` beside an adapted embedding, or no layers and nothing else.
     """
     config, tensors = peft_config(adapter), peft_tensors(adapter)
-    with atomic_directory(directory, last=CONFIG_NAME) as stage:
-        write_safetensors(stage / WEIGHTS_NAME, tensors)
-        write_json(stage / CONFIG_NAME, config)
+    with atomic_directory(directory, last=CONFIG_NAME if component is None else DIFFUSERS_NAME) as stage:
+        if component is None:
+            write_safetensors(stage / WEIGHTS_NAME, tensors)
+            write_json(stage / CONFIG_NAME, config)
+        else:
+            header = json.dumps({f"{component}.{key}": value for key, value in config.items()})
+            renamed = {f"{component}.{key.removeprefix(PREFIX)}": t for key, t in tensors.items()}
+            write_safetensors(stage / DIFFUSERS_NAME, renamed, {DIFFUSERS_HEADER: header})
 
 
 def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:

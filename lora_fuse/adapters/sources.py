@@ -118,7 +118,9 @@ def open_path(
         return _open_directory(path, adapter_name, device)
     if path.exists():
         tensors, header = read_safetensors(path, device)
-        return Opened(tensors, str(path), header=header, adapter_name=adapter_name)
+        beside = path.with_name(CONFIG_NAME)
+        config = read_json(beside) if path.name == WEIGHTS_NAME and beside.is_file() else None
+        return Opened(tensors, str(path), config, header, adapter_name)
     refuse_pickle(path)
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
         home = _download(source, adapter_name, revision)

@@ -203,6 +203,13 @@ def test_injected_model_is_a_source(write: Callable[..., Written]) -> None:
     torch.testing.assert_close(adapter.delta(path), theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_prefix_is_removed_once() -> None:
+    stem = "base_model.model.wrapped.base_model.model.q.lora_"
+    tensors = {f"{stem}A.weight": torch.ones(2, 5), f"{stem}B.weight": torch.ones(3, 2)}
+    adapter = lf.load_adapter(tensors, config={"peft_type": "LORA", "r": 2})
+    assert list(adapter.layers) == ["wrapped.base_model.model.q"]
+
+
 def _rename(tensors: dict[str, Tensor], pattern: str, into: str) -> dict[str, Tensor]:
     renamed = {re.sub(pattern, into, key): t for key, t in tensors.items()}
     assert renamed.keys() != tensors.keys()

@@ -50,13 +50,16 @@ def test_directory_of_adapters(write: Callable[..., Written], tmp_path: Path) ->
         lf.load_adapter(home, adapter_name="chat")
 
 
-def test_single_file(write: Callable[..., Written]) -> None:
+def test_single_file(write: Callable[..., Written], tmp_path: Path) -> None:
     written = write("llama", **LLAMA)
     file = written.directory / "adapter_model.safetensors"
     config = json.loads((written.directory / "adapter_config.json").read_text())
-    assert torch.equal(lf.load_adapter(file, config=config).delta(PATH), lf.load_adapter(written.directory).delta(PATH))
+    expected = lf.load_adapter(written.directory).delta(PATH)
+    assert torch.equal(lf.load_adapter(file).delta(PATH), expected)  # the config lies beside it
+    elsewhere = shutil.copy(file, tmp_path / "lora.safetensors")
+    assert torch.equal(lf.load_adapter(elsewhere, config=config).delta(PATH), expected)
     with pytest.raises(ValueError, match=r"adapter_config.json is missing, so r and lora_alpha are not known"):
-        lf.load_adapter(file)
+        lf.load_adapter(elsewhere)
 
 
 def test_header_config_without_component(write: Callable[..., Written], tmp_path: Path) -> None:
@@ -99,6 +102,56 @@ def test_pipeline_file(write: Callable[..., Written], tmp_path: Path) -> None:
     assert torch.equal(ours.delta(PATH), lf.load_adapter(written.directory).delta(PATH))
     ours.save_pretrained(tmp_path / "ours")
     assert torch.equal(lf.load_adapter(tmp_path / "ours").delta(PATH), ours.delta(PATH))
+
+
+def test_saved_for_a_pipeline(write: Callable[..., Written], tmp_path: Path) -> None:
+    written = write("llama", **LLAMA, alpha_pattern={"v_proj": 3})
+    adapter = lf.load_adapter(written.directory)
+    adapter.save_pretrained(tmp_path / "out", component="transformer")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    for component in (None, "transformer"):
+        back = lf.load_adapter(tmp_path / "out", component=component)
+        assert back.layers.keys() == adapter.layers.keys()
+        assert all(torch.equal(back.delta(path), adapter.delta(path)) for path in adapter.layers)
+
+
+def test_diffusers_itself(tmp_path: Path) -> None:
+    """A tiny UNet: what diffusers saves is read, and what is saved here runs in diffusers."""
+    with quiet():
+        diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+        def unet() -> torch.nn.Module:
+            torch.manual_seed(0)
+            return diffusers.UNet2DConditionModel(
+                sample_size=8,
+                in_channels=4,
+                out_channels=4,
+                layers_per_block=1,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=8,
+                attention_head_dim=4,
+            ).eval()
+
+        model = unet()
+        settings = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"to_k": 3}, "rank_pattern": {"to_k": 2}}
+        settings |= {"target_modules": ["to_q", "to_k", "conv1"], "init_lora_weights": False}
+        model.add_adapter(peft.LoraConfig(**settings), adapter_name="mine")
+        model.save_lora_adapter(tmp_path / "theirs", adapter_name="mine")
+        inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 8)
+        with torch.no_grad():
+            expected = model(*inputs).sample
+    adapter = lf.load_adapter(tmp_path / "theirs")
+    assert {layer.kind for layer in adapter.layers.values()} == {"linear", "conv2d"}
+    assert {layer.scaling for layer in adapter.layers.values()} == {1.5}
+    adapter.save_pretrained(tmp_path / "ours", component="unet")
+    with quiet(), torch.no_grad():
+        fresh = unet()
+        assert not torch.equal(fresh(*inputs).sample, expected)
+        fresh.load_lora_adapter(tmp_path / "ours", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+        assert torch.equal(fresh(*inputs).sample, expected)
 
 
 @pytest.mark.parametrize(
