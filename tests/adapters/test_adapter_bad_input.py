@@ -251,6 +251,19 @@ def test_unknown_key_without_strict() -> None:
             },
             "c: Conv3d layers are not supported",
         ),
+        (
+            {"target_modules": ["q", "c"]},
+            {
+                "base_model.model.c.lora_A.weight": torch.ones(2, 4, 3, 3),
+                "base_model.model.c.lora_B.weight": torch.ones(6, 2, 3, 3),
+            },
+            "c: the factors do not share a rank",
+        ),
+        (
+            {"modules_to_save": ["head"]},
+            {"base_model.model.head.bias": torch.ones(3), "head.modules_to_save.default.bias": torch.zeros(3)},
+            r"head\.modules_to_save\.default\.bias: means the same tensor as base_model\.model\.head\.bias, with other",
+        ),
         ({"use_dora": True}, {}, r"layers\.0\.q: use_dora is true in the config, but lora_magnitude_vector is missing"),
         (
             {},
