@@ -352,14 +352,16 @@ struct Call {
       for (int q = route.row_starts[row]; q < route.row_starts[row + 1]; ++q) {
         const int pair = route.row_pairs[q], slot = slot_of(pair);
         const T* br = b(slot) + n;
+        vf sum0 = {}, sum1 = {};
         for (int r = 0; r < rank(slot); ++r, br += p.b.stride) {
           const T* src = br;
           T bt[STEP] = {};
           if (width < STEP) __builtin_memcpy(bt, br, width * sizeof(T)), src = bt;
           const vf hv = splat(h[pair * ldh + r]);
-          acc0 += hv * Elem<T>::template load<0>(src);
-          acc1 += hv * Elem<T>::template load<1>(src);
+          sum0 += hv * Elem<T>::template load<0>(src);
+          sum1 += hv * Elem<T>::template load<1>(src);
         }
+        acc0 += sum0, acc1 += sum1;
       }
       T* const dst = p.y.row(row) + n;
       T yt[STEP] = {};
