@@ -6,18 +6,8 @@ from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.compress.peru_lora import peru_lora
 from lora_fuse.merging.combine import merge
 from lora_fuse.merging.fuse import fuse, unfuse
-from lora_fuse.nn.attach import (
-    adapter_slots,
-    adapters,
-    add_adapter,
-    attach,
-    detach,
-    head_sizes,
-    remove_adapter,
-    set_adapters,
-    swap_adapter,
-    use_adapters,
-)
+from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swap_adapter
+from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapters, use_adapters
 from lora_fuse.nn.warmup import warmup
 
 __all__ = [

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,107 +11,17 @@ from torch import nn
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.nn import bypass, generate, heads
+from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
 from lora_fuse.nn.linear import AdaptedModule
 from lora_fuse.nn.plan import Plan, plan
-from lora_fuse.nn.selection import SelectionLike, parse_selection
-from lora_fuse.nn.serving import Context, Serving, batched_input
-from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
+from lora_fuse.nn.serving import Serving
 
 _WAIT_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class AttachedAdapter:
-    """What ``adapters()`` says about one adapter.
-
-    Args:
-        slot: where it lies now; a swap moves it.
-        rank: its largest rank.
-        nbytes: bytes of its tensors as given.
-        layers: module paths that it adapts.
-        heads: module paths that it brings a copy of.
-        source: where it came from.
-    """
-
-    slot: int
-    rank: int
-    nbytes: int
-    layers: tuple[str, ...]
-    heads: tuple[str, ...]
-    source: str
-
-
-@dataclass
-class Attachment:
-    """What ``attach`` did to a model; kept on the model, used to undo it."""
-
-    serving: Serving
-    fallback_dtype: torch.dtype
-    layers: dict[str, AdaptedModule] = field(default_factory=dict)
-    heads: dict[str, heads.MultiHead] = field(default_factory=dict)
-    info: dict[str, AttachedAdapter] = field(default_factory=dict)
-    switched: list[bypass.Switched] = field(default_factory=list)
-    wrapped: list[tuple[nn.Module, str]] = field(default_factory=list)
-    changing: _Lock = field(default_factory=lambda: _Lock())
-
-
-class _Lock:
-    """A lock that copies and pickles as a new one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
-        return _Lock, ()
-
-
-class _Begin:
-    """Forward pre-hook of the outermost module."""
-
-    def __init__(self, serving: Serving) -> None:
-        self.serving = serving
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            pin(self.serving, batched_input(args, kwargs))
-        else:
-            self.serving.begin(args, kwargs)
-
-
-class _End:
-    """Forward hook of the outermost module; runs after an exception too."""
-
-    def __init__(self, serving: Serving) -> None:
-        self.serving = serving
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            unpin(self.serving)
-        else:
-            self.serving.end(output)
-
-
-run_as_plain_python(_Begin.__call__)
-run_as_plain_python(_End.__call__)
-
-
-def _attachment(model: nn.Module) -> Attachment:
-    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)  # what torch.compile returned
-    attachment = model.__dict__.get("lora_attachment")
-    if attachment is None:
-        raise ValueError(
-            f"model: this {type(model).__name__} has no adapters attached; call lora_fuse.attach(model, ...) first"
-        )
-    return attachment  # type: ignore[no-any-return]
-
-
 def _load(adapters: Mapping[str, Any]) -> dict[str, LoraAdapter]:
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters: expected a mapping of names to adapters, got {type(adapters).__name__}")
     loaded = {}
     for name, source in adapters.items():
         if not isinstance(name, str) or not name:
@@ -155,8 +62,7 @@ def attach(
         ValueError, TypeError: an adapter does not fit the model (offending paths are listed), a rank or the number of
             adapters is too large, something an adapter holds cannot be served per row. The model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    given, model = model, unwrap(model)
     if "lora_attachment" in model.__dict__:
         raise ValueError("model: adapters are already attached; use add_adapter, swap_adapter or remove_adapter")
     loaded = _load(adapters)
@@ -184,12 +90,12 @@ def attach(
             attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
     # From here on nothing can fail.
     _install(model, planned, attachment, pools, copies)
-    model.register_forward_pre_hook(_Begin(serving), prepend=True, with_kwargs=True)
-    model.register_forward_hook(_End(serving), always_call=True)
+    model.register_forward_pre_hook(Begin(serving), prepend=True, with_kwargs=True)
+    model.register_forward_hook(End(serving), always_call=True)
     attachment.wrapped = generate.install(model, serving)
     model.__dict__["lora_attachment"] = attachment
     serving.publish(leases, {name: frozenset(info.heads) for name, info in attachment.info.items()})
-    return model
+    return given
 
 
 def _new_pools(planned: Plan, attachment: Attachment) -> dict[str, AdapterPool]:
@@ -258,8 +164,8 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: nothing is attached, or something (a parametrization) changed an adapted module's class since;
             nothing is changed then.
     """
-    attachment = _attachment(model)
-    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
+    attachment = attachment_of(model)
+    given, model = model, unwrap(model)
     for path, module in (*attachment.layers.items(), *attachment.heads.items()):
         if "lora_base" not in type(module).__dict__:
             raise ValueError(
@@ -275,14 +181,14 @@ def detach(model: nn.Module) -> nn.Module:
         own_forward = module.__dict__.pop("lora_base_forward", None)
         if own_forward is not None:
             module.__dict__["forward"] = own_forward
-    for hooks, kind in ((model._forward_pre_hooks, _Begin), (model._forward_hooks, _End)):
+    for hooks, kind in ((model._forward_pre_hooks, Begin), (model._forward_hooks, End)):
         for key in [key for key, hook in hooks.items() if type(hook) is kind]:  # type: ignore[attr-defined]
             for table in (hooks, model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
                 table.pop(key, None)  # type: ignore[attr-defined]
     bypass.restore(attachment.switched)
     generate.remove(attachment.wrapped)
     del model.__dict__["lora_attachment"]
-    return model
+    return given
 
 
 def add_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _WAIT_SECONDS) -> None:
@@ -298,7 +204,7 @@ def add_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _
         ValueError: the name is taken, all slots are, or the adapter does not fit; nothing is changed.
         RuntimeError: no slot became free in time; nothing is changed.
     """
-    attachment = _attachment(model)
+    attachment = attachment_of(model)
     loaded = _load({name: adapter})
     with attachment.changing:
         taken = attachment.serving.published.leases
@@ -327,7 +233,7 @@ def swap_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = 
         ValueError: nothing of that name is attached, or the new adapter does not fit; nothing is changed.
         RuntimeError: the spare slot did not become free in time; nothing is changed.
     """
-    attachment = _attachment(model)
+    attachment = attachment_of(model)
     loaded = _load({name: adapter})
     with attachment.changing:
         attachment.serving.published.lease(name)
@@ -338,7 +244,7 @@ def _put(
     model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[str, LoraAdapter], timeout: float
 ) -> None:
     serving = attachment.serving
-    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
+    model = unwrap(model)
     with torch.inference_mode(False), torch.no_grad():
         widths = {
             path: {n: size for n, size in widths.items() if n not in (None, name)}
@@ -368,7 +274,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: nothing of that name is attached.
     """
-    attachment = _attachment(model)
+    attachment = attachment_of(model)
     with attachment.changing:
         serving = attachment.serving
         serving.published.lease(name)
@@ -378,58 +284,3 @@ def remove_adapter(model: nn.Module, name: str) -> None:
             {n: paths for n, paths in serving.published.heads.items() if n != name},
         )
         heads.prune(attachment.heads.values(), serving)
-
-
-def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
-    """What is attached: name -> slot, rank, bytes, module paths."""
-    return dict(_attachment(model).info)
-
-
-def adapter_slots(model: nn.Module) -> dict[str, int]:
-    """Name -> slot, as a tensor selection wants it. A swap moves an adapter to another slot."""
-    return {name: lease.index for name, lease in _attachment(model).serving.published.leases.items()}
-
-
-@contextmanager
-def use_adapters(model: nn.Module, selection: SelectionLike) -> Iterator[None]:
-    """Select adapters for the forwards that the calling thread makes until exit.
-
-    Args:
-        model: an attached model.
-        selection: one entry for every row, a list with an entry per sample, or an int32 tensor ``[num_tokens]`` of
-            slots (-1 = base). An entry is a name, None (base), or ``{name: weight, ...}``.
-    Raises:
-        ValueError, TypeError: an unknown name (those attached are listed), a weight that is not finite, a slot that
-            holds no adapter (its row is named). A list of the wrong length is refused by the forward, which says both
-            lengths.
-    """
-    serving = _attachment(model).serving
-    context: Context = serving.enter(parse_selection(selection, serving.published, serving.physical_slots))
-    try:
-        yield
-    finally:
-        serving.leave(context)
-
-
-def set_adapters(model: nn.Module, selection: SelectionLike) -> None:
-    """Set the model's default selection, seen by every thread that is not inside ``use_adapters``. Weights never
-    change.
-
-    Args and Raises: as ``use_adapters``.
-    """
-    serving = _attachment(model).serving
-    serving.default = Context(parse_selection(selection, serving.published, serving.physical_slots))
-
-
-def attached_layers(model: nn.Module) -> dict[str, AdaptedModule]:
-    """The layers that have slots, by module path."""
-    return dict(_attachment(model).layers)
-
-
-def head_sizes(model: nn.Module) -> dict[str, dict[str | None, int]]:
-    """Module path -> {adapter name: width of its head, None: width of the base model's head}.
-
-    Adapters that bring no copy of a module are left out there; their rows use the base model's.
-    """
-    attachment = _attachment(model)
-    return heads.sizes(attachment.heads, attachment.serving.published)

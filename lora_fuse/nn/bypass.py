@@ -31,7 +31,7 @@ def switch_off(model: nn.Module, paths: Iterable[str]) -> list[Switched]:
                     seen.add(id(module))
                     switched.append((module, flag, getattr(module, flag)))
                     setattr(module, flag, off)
-            module = getattr(module, name)
+            module = getattr(module, name) if name else module  # "" is the model itself
     return switched
 
 

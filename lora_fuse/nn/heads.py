@@ -7,7 +7,10 @@ have are -inf. Rows without a copy of their own use the base model's module and 
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from lora_fuse.nn.linear import AdaptedModule, rebuildable, wrapped_class
 from lora_fuse.nn.selection import Published, Snapshot
 from lora_fuse.nn.serving import Serving
+from lora_fuse.nn.traced import snapshot_of
+from lora_fuse.ops._library import LIBRARY
 
 if TYPE_CHECKING:
     from lora_fuse.nn.plan import Fitted, Plan
@@ -30,21 +35,35 @@ class HeadCopies(nn.Module):
     def __init__(self, template: nn.Module) -> None:
         super().__init__()
         self.__dict__["template"] = template  # its own parameters are the base module's: no memory
-        self.__dict__["copies"] = {}
+        self._set({})
 
     copies: dict[int, nn.Module]
     template: nn.Module
+    common_width: int | None  # of all copies, None if there is none, -1 if they differ
+    site: int  # how compiled code names this object
+
+    def _set(self, copies: dict[int, nn.Module]) -> None:
+        widths = {width(module) for module in copies.values()}
+        self.__dict__["common_width"] = -1 if len(widths) > 1 else next(iter(widths), None)
+        self.__dict__["copies"] = copies
+        if "site" not in self.__dict__:
+            self.__dict__["site"] = next(_sites)
+            _SITES[self.site] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != "site"})
+        self._set(self.copies)
 
     def put(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Build the copy of one slot, or leave the slot without."""
         copies = {s: module for s, module in self.copies.items() if s != slot}
         if tensors is not None:
             copies[slot] = _with_tensors(self.template, tensors).train(self.training)
-        self.__dict__["copies"] = copies
+        self._set(copies)
 
     def keep(self, slots: Iterable[int]) -> None:
         """Forget the copies of all other slots."""
-        self.__dict__["copies"] = {s: self.copies[s] for s in set(slots) & set(self.copies)}
+        self._set({s: self.copies[s] for s in set(slots) & set(self.copies)})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for module in self.copies.values():
@@ -61,100 +80,46 @@ class HeadCopies(nn.Module):
 
 
 class MultiHead(AdaptedModule):
-    """Mixed into a module's class: rows run through the copy of the adapter that they selected, if it brought one."""
+    """Mixed into a module's class: rows run through the copy of the adapter that they selected, if it brought one.
+
+    Compiled code may contain heads that are plain Linears, in inference; other heads are refused there.
+    """
 
     lora_prefix = "MultiHead"
     lora_heads: HeadCopies
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{self.lora_path}: heads that differ per row cannot be compiled into one graph; exclude this module "
-                "with "
-                "torch.compiler.disable, or compile the rest"
+            return self._traced(*args, **kwargs)
+        serving, copies = self.lora_serving, self.lora_heads.copies
+
+        def run(owner: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            if owner != _BASE:
+                return copies[owner].forward(*args, **kwargs)
+            base_forward = self.__dict__.get("lora_base_forward")
+            return (
+                super(MultiHead, self).forward(*args, **kwargs)
+                if base_forward is None
+                else base_forward(*args, **kwargs)
             )
-        snapshot, seq = self.lora_serving.current()
-        copies = self.lora_heads.copies
-        owners = owners_of(snapshot, copies)
-        used = sorted(set(owners))
-        if len(used) <= 1:
-            return self._run(used[0] if used else _BASE, copies, args, kwargs)
-        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
-        if x is None:
-            raise TypeError(f"{self.lora_path}: a head that differs per row needs a tensor argument")
-        return self._run_mixed(owners, used, copies, x, args, kwargs, snapshot, seq)
 
-    def _run(self, owner: int, copies: Mapping[int, nn.Module], args: Any, kwargs: Any) -> Any:
-        if owner != _BASE:
-            return copies[owner].forward(*args, **kwargs)
-        base_forward = self.__dict__.get("lora_base_forward")
-        return super().forward(*args, **kwargs) if base_forward is None else base_forward(*args, **kwargs)
+        ids = isinstance(self, nn.Embedding)
+        row_wise = isinstance(self, (nn.Linear, nn.Embedding, nn.LayerNorm)) and len(args) == 1 and not kwargs
+        snapshot, seq = serving.current()
+        return HeadRun(self.lora_path, copies, run, row_wise, ids)(snapshot, seq, args, kwargs)
 
-    def _run_mixed(
-        self,
-        owners: list[int],
-        used: list[int],
-        copies: Mapping[int, nn.Module],
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        snapshot: Snapshot,
-        seq: int | None,
-    ) -> Tensor:
-        shape = x.shape
-        flat = snapshot.kind == "tokens" and shape[0] != len(owners)
-        if flat:  # only a module that treats rows one by one can be fed tokens out of their sequence
-            lead = shape if isinstance(self, nn.Embedding) else shape[:-1]
-            row_wise = isinstance(self, (nn.Linear, nn.Embedding, nn.LayerNorm)) and len(args) == 1 and not kwargs
-            if not row_wise or lead.numel() != len(owners):
-                raise ValueError(
-                    f"{self.lora_path}: the selection has a slot for each of {len(owners)} tokens, this input has "
-                    "shape "
-                    f"{list(shape)}; select per sample"
-                )
-            args = (x.reshape(len(owners), *shape[len(lead) :]),)
-        axis, per_row = 0, owners
-        if snapshot.kind != "tokens":
-            axis, per_row = _rows(snapshot, owners, shape, seq, self.lora_path)
-        size = len(per_row)
-        parts, order = [], []
-        for owner in used:
-            rows = [i for i, o in enumerate(per_row) if o == owner]
-            index = torch.tensor(rows, device=x.device)
-
-            def pick(value: Any, index: Tensor = index) -> Any:
-                if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == size:
-                    return value.index_select(axis, index.to(value.device))
-                return value
-
-            if owner == _BASE:  # on all rows: a product over fewer rows may round differently
-                out = self._run(owner, copies, args, kwargs)
-                if isinstance(out, Tensor):
-                    out = out.index_select(_out_axis(out, size, axis), index.to(out.device))
-            else:
-                out = self._run(owner, copies, tuple(map(pick, args)), {k: pick(v) for k, v in kwargs.items()})
-            if not isinstance(out, Tensor):
-                raise TypeError(
-                    f"{self.lora_path}: its forward returned {type(out).__name__}; heads per row return a Tensor"
-                )
-            parts.append(out)
-            order += rows
-        widths = [part.shape[-1] for part in parts]
-        if 1 in widths and max(widths) > 1:
-            raise ValueError(
-                f"{self.lora_path}: this batch mixes a head of width 1 (regression) with one of width {max(widths)} "
-                "(classification), which cannot share an output"
-            )
-        widest = max(widths)
-        parts = [
-            p if w == widest else F.pad(p, (0, widest - w), value=-torch.inf)
-            for p, w in zip(parts, widths, strict=True)
-        ]
-        out_axis = _out_axis(parts[0], len([o for o in per_row if o == used[0]]), axis)
-        joined = torch.cat(parts, out_axis)
-        inverse = torch.tensor(order, device=joined.device).argsort()
-        result = joined.index_select(out_axis, inverse)
-        return result.view(*lead, result.shape[-1]) if flat else result
+    def _traced(self, *args: Any, **kwargs: Any) -> Tensor:
+        linear: Any = self
+        if type(self).lora_base is not nn.Linear or len(args) != 1 or kwargs or "lora_base_forward" in self.__dict__:
+            raise RuntimeError("heads per row other than a plain nn.Linear cannot be compiled")
+        if torch.is_grad_enabled() and args[0].requires_grad:
+            raise RuntimeError("heads per row cannot be compiled together with their backward")
+        serving, site = self.lora_serving, self.lora_heads.site
+        common = self.lora_heads.common_width
+        size = linear.out_features if common in (None, linear.out_features) else -1
+        return torch.ops.lora_fuse.run_heads(
+            args[0].detach(), linear.weight.detach(), linear.bias, serving.token, serving.handle, site, size
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuildable(type(self), super().__reduce_ex__(protocol))
@@ -163,11 +128,131 @@ class MultiHead(AdaptedModule):
         return f"heads={len(self.lora_heads.copies)}"
 
 
+@dataclass(frozen=True)
+class HeadRun:
+    """One call of a module with heads.
+
+    Args:
+        path: the module's, for messages.
+        copies: slot -> module.
+        run: ``run(owner, args, kwargs)`` runs the copy of a slot, or the base model's module for -1.
+        row_wise: whether rows may be taken out of their sequence (Linear, Embedding, LayerNorm on one argument).
+        ids: whether the input holds token ids, so that all of its dimensions are leading ones.
+    """
+
+    path: str
+    copies: Mapping[int, nn.Module]
+    run: Callable[[int, tuple[Any, ...], Mapping[str, Any]], Any]
+    row_wise: bool
+    ids: bool = False
+
+    def __call__(self, snapshot: Snapshot, seq: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        owners = owners_of(snapshot, self.copies)
+        used = sorted(set(owners))
+        if len(used) <= 1:
+            return self.run(used[0] if used else _BASE, args, kwargs)
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+        if x is None:
+            raise TypeError(f"{self.path}: a head that differs per row needs a tensor argument")
+        if snapshot.kind == "tokens" and x.shape[0] != len(owners):
+            return self._flat(owners, used, x)
+        axis, per_row = 0, owners
+        if snapshot.kind != "tokens":
+            axis, per_row = _rows(snapshot, owners, x.shape, seq, self.path)
+        return self._mixed(per_row, used, axis, x.device, args, kwargs)
+
+    def _flat(self, owners: list[int], used: list[int], x: Tensor) -> Tensor:
+        """A slot per token, tokens in several dimensions: as one list of rows, and back."""
+        lead = x.shape if self.ids else x.shape[:-1]
+        if not self.row_wise or lead.numel() != len(owners):
+            raise ValueError(
+                f"{self.path}: the selection has a slot for each of {len(owners)} tokens, this input has shape "
+                f"{list(x.shape)}; select per sample"
+            )
+        rows = x.reshape(len(owners), *x.shape[len(lead) :])
+        return self._mixed(owners, used, 0, x.device, (rows,), {}).unflatten(0, lead)
+
+    def _mixed(
+        self,
+        owners: list[int],
+        used: list[int],
+        axis: int,
+        device: torch.device,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """Each owner's head on its rows; then all rows together, in their order and of one width."""
+        size, parts, order = len(owners), [], []
+        for owner in used:
+            rows = [i for i, o in enumerate(owners) if o == owner]
+            index = torch.tensor(rows, device=device)
+
+            def pick(value: Any, index: Tensor = index) -> Any:
+                if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == size:
+                    return value.index_select(axis, index.to(value.device))
+                return value
+
+            if owner == _BASE:  # on all rows: a product over fewer rows may round differently
+                out = self.run(owner, args, kwargs)
+                if isinstance(out, Tensor):
+                    out = out.index_select(_out_axis(out, size, axis), index.to(out.device))
+            else:
+                out = self.run(owner, tuple(map(pick, args)), {k: pick(v) for k, v in kwargs.items()})
+            if not isinstance(out, Tensor):
+                raise TypeError(
+                    f"{self.path}: its forward returned {type(out).__name__}; heads per row return a Tensor"
+                )
+            parts.append(out)
+            order += rows
+        widths = [part.shape[-1] for part in parts]
+        widest = max(widths)
+        if 1 in widths and widest > 1:
+            raise ValueError(
+                f"{self.path}: this batch mixes a head of width 1 (regression) with one of width {widest} "
+                "(classification), which cannot share an output"
+            )
+        parts = [F.pad(p, (0, widest - p.shape[-1]), value=-torch.inf) if p.shape[-1] < widest else p for p in parts]
+        out_axis = _out_axis(parts[0], owners.count(used[0]), axis)
+        joined = torch.cat(parts, out_axis)
+        return joined.index_select(out_axis, torch.tensor(order, device=joined.device).argsort())
+
+
+_SITES: weakref.WeakValueDictionary[int, HeadCopies] = weakref.WeakValueDictionary()
+_sites = itertools.count(1)
+LIBRARY.define(
+    "run_heads(Tensor x, Tensor weight, Tensor? bias, Tensor? token, int handle, int site, int width) -> Tensor"
+)
+
+
+def _run_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor | None, handle: int, site: int, width: int
+) -> Tensor:
+    """The heads of a Linear in compiled code; ``width`` is -1 where they differ, so that the graph cannot know it."""
+    copies = _SITES[site].copies
+
+    def run(owner: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return F.linear(args[0], weight, bias) if owner == _BASE else copies[owner].forward(*args)
+
+    snapshot, seq = snapshot_of(token, handle)
+    return HeadRun("a head", copies, run, True)(snapshot, seq, (x,), {})  # type: ignore[no-any-return]
+
+
+def _fake_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor | None, handle: int, site: int, width: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], torch.library.get_ctx().new_dynamic_size() if width < 0 else width))
+
+
+LIBRARY.impl("run_heads", _run_heads, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fuse::run_heads", _fake_heads, lib=LIBRARY)
+
+
 def owners_of(snapshot: Snapshot, copies: Mapping[int, nn.Module]) -> list[int]:
     """Per entry (or token), the slot whose copy it uses, or -1 for the base model's module."""
     if snapshot.tokens is not None:
         return [slot if slot in copies else _BASE for slot in snapshot.tokens.tolist()]
-    return [next((slot for slot in slots if slot in copies), _BASE) for slots in snapshot.entry_slots]
+    owners = [next((slot for slot in slots if slot in copies), _BASE) for slots in snapshot.entry_slots]
+    return [owners[k] for k in snapshot.which.tolist()]
 
 
 def _rows(

@@ -57,9 +57,9 @@ def add_bias(y: Tensor, pool: AdapterPool, rows: Tensor, weights: Tensor | None,
     return flat.index_add(0, rows.to(y.device), delta.to(y.device, y.dtype)).view(y.shape)
 
 
-def add_lora_traced(y: Tensor, x: Tensor, pool: AdapterPool, serving: Serving) -> Tensor:
+def add_lora_traced(y: Tensor, x: Tensor, pool: AdapterPool, serving: Serving, one_entry: bool = False) -> Tensor:
     """``add_lora`` for code that is being compiled."""
-    rows, weights, segment_starts, row_starts, row_pairs = traced_routing(serving, x)
+    rows, weights, segment_starts, row_starts, row_pairs = traced_routing(serving, x, one_entry)
     factors = (pool.pool_a, pool.pool_b, pool.slot_rank, pool.slot_scaling)
     routing = (rows, weights, segment_starts, row_starts, row_pairs)
     y = y - torch.ops.lora_fuse.multi_lora(x.neg().to(pool.pool_a.dtype), *factors, *routing).to(y.dtype)
@@ -107,13 +107,14 @@ class WrappedLinear(AdaptedModule):
     put one there) is kept as ``lora_base_forward`` and called in place of the class's.
     """
 
+    lora_one_entry = False
     lora_fresh = False  # whether the wrapped forward's result may be written into
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base_forward = self.__dict__.get("lora_base_forward")
         y = super().forward(x, *args, **kwargs) if base_forward is None else base_forward(x, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return add_lora_traced(y, x, self.lora_pool, self.lora_serving)
+            return add_lora_traced(y, x, self.lora_pool, self.lora_serving, self.lora_one_entry)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"{self.lora_path}: its forward returned {type(y).__name__}, a Linear-like module returns a Tensor"
@@ -133,14 +134,11 @@ class WrappedLinear(AdaptedModule):
 class PermutedLinear(WrappedLinear):
     """A Linear in an expert: its rows are the tokens routed to that expert, so only a selection of one entry fits."""
 
+    lora_one_entry = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():
-            snapshot, _ = self.lora_serving.current()
-            if snapshot.kind != "uniform" and not snapshot.base:
-                raise ValueError(
-                    f"{self.lora_path}: an expert sees its own choice of tokens, so it cannot tell which sample a row "
-                    "belongs to; select one entry for the whole batch"
-                )
+            self.lora_serving.current()[0].require_one_entry(self.lora_path)
         return super().forward(x, *args, **kwargs)
 
 

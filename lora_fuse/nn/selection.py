@@ -28,13 +28,15 @@ class Selection:
 
     Args:
         kind: one entry for all rows, an entry per sample, or a slot per token.
-        entries: the entries (one when uniform, none when per token).
+        entries: the distinct entries (one when uniform, none when per token).
+        which: per sample, its index in ``entries``.
         tokens: ``[num_tokens]`` int64 on the CPU, a private copy.
         tenants: serial of the lease that each slot in ``tokens`` had when the selection was made.
     """
 
     kind: Literal["uniform", "samples", "tokens"]
     entries: tuple[Entry, ...] = ()
+    which: tuple[int, ...] = ()
     tokens: Tensor | None = None
     tenants: tuple[tuple[int, int], ...] = ()
 
@@ -62,19 +64,20 @@ def parse_selection(selection: Any, published: Published, num_slots: int) -> Sel
     if isinstance(selection, Tensor):
         parsed = _parse_tokens(selection, published, num_slots)
     elif isinstance(selection, (list, tuple)):
-        known: dict[str, Entry] = {}
-        entries = []
+        entries: dict[Entry, int] = {}
+        by_name: dict[str | None, int] = {}
+        which = []
         for i, entry in enumerate(selection):
-            if type(entry) is str:
-                if entry not in known:
-                    known[entry] = _parse_entry(entry, f"selection[{i}]")
-                entries.append(known[entry])
-            else:
-                entries.append(_parse_entry(entry, f"selection[{i}]"))
-        parsed = Selection("samples", tuple(entries))
+            k = by_name.get(entry) if entry is None or type(entry) is str else None
+            if k is None:
+                k = entries.setdefault(_parse_entry(entry, f"selection[{i}]"), len(entries))
+                if entry is None or type(entry) is str:
+                    by_name[entry] = k
+            which.append(k)
+        parsed = Selection("samples", tuple(entries), tuple(which))
     else:
-        parsed = Selection("uniform", (_parse_entry(selection, "selection"),))
-    for entry in set(parsed.entries):
+        parsed = Selection("uniform", (_parse_entry(selection, "selection"),), (0,))
+    for entry in parsed.entries:
         for name, _ in entry:
             published.lease(name)
     return parsed
@@ -120,7 +123,7 @@ def _parse_tokens(slots: Tensor, published: Published, num_slots: int) -> Select
             raise ValueError(
                 f"selection: row {row} asks for slot {slot}, which {what}; accepted are -1 (base) and {held}"
             )
-    return Selection("tokens", (), tokens, tuple((slot, tenants[slot]) for slot in values.tolist() if slot != -1))
+    return Selection("tokens", (), (), tokens, tuple((slot, tenants[slot]) for slot in values.tolist() if slot != -1))
 
 
 class Snapshot:
@@ -137,7 +140,7 @@ class Snapshot:
     """
 
     __slots__ = ("base", "batch_dim", "caches", "entry_slots", "kind", "leases", "num_samples", "num_slots", "samples",
-                 "slots", "tokens", "weights")  # fmt: skip
+                 "slots", "tokens", "weights", "which")  # fmt: skip
 
     def __init__(
         self, selection: Selection, published: Published, num_slots: int, expand: int = 1, batch_dim: int = 0
@@ -148,28 +151,28 @@ class Snapshot:
         if self.tokens is not None:
             self._resolve_tokens(selection, published)
             return
-        entries = selection.entries
-        resolved = {entry: tuple((published.lease(n), w) for n, w in entry) for entry in set(entries)}
-        for entry in resolved:
+        for entry in selection.entries:
             _refuse_two_heads(entry, published)
-        repeat = expand if self.kind == "samples" else 1
-        self.num_samples = len(entries) * repeat
-        pairs = [
-            (lease.index, sample, weight)
-            for i, entry in enumerate(entries)
-            for sample in range(i * repeat, (i + 1) * repeat)
-            for lease, weight in resolved[entry]
-        ]
-        pairs.sort()
-        self.slots = np.array([p[0] for p in pairs], np.int64)
-        self.samples = np.array([p[1] for p in pairs], np.int64)
-        plain = all(p[2] == 1.0 for p in pairs)
-        self.weights = None if plain else np.array([p[2] for p in pairs], np.float32)
-        self.leases = tuple({lease.index: lease for e in resolved.values() for lease, _ in e}.values())
-        self.entry_slots = tuple(
-            slots for e in entries for slots in [tuple(lease.index for lease, _ in resolved[e])] * repeat
-        )
-        self.base = not pairs
+        pairs = [(published.lease(name), weight) for entry in selection.entries for name, weight in entry]
+        self.leases = tuple({lease.index: lease for lease, _ in pairs}.values())
+        slots = np.array([lease.index for lease, _ in pairs], np.int64)
+        which = np.array(selection.which, np.int64)
+        if expand > 1 and self.kind == "samples":
+            which = which.repeat(expand)
+        self.which, self.num_samples = which, which.size
+        self.entry_slots = tuple(tuple(published.lease(name).index for name, _ in e) for e in selection.entries)
+        # An entry's pairs lie side by side in `slots`; give them to each of its samples, then sort by slot.
+        lengths = np.array([len(entry) for entry in selection.entries], np.int64)
+        firsts = lengths.cumsum() - lengths
+        counts = lengths[which]
+        samples = np.arange(which.size).repeat(counts)
+        ends = counts.cumsum()
+        pair = np.arange(samples.size) - (ends - counts - firsts[which]).repeat(counts)
+        order = np.argsort(slots[pair], kind="stable")  # samples ascend already
+        self.slots, self.samples = slots[pair][order], samples[order]
+        plain = all(weight == 1.0 for _, weight in pairs)
+        self.weights = None if plain else np.array([weight for _, weight in pairs], np.float32)[pair][order]
+        self.base = not samples.size
 
     def _resolve_tokens(self, selection: Selection, published: Published) -> None:
         assert self.tokens is not None
@@ -183,11 +186,20 @@ class Snapshot:
                     "was made; read adapter_slots() again"
                 )
         self.num_samples = int(self.tokens.shape[0])
-        self.slots = self.samples = np.zeros(0, np.int64)
+        self.slots = self.samples = self.which = np.zeros(0, np.int64)
         self.weights = None
         self.leases = tuple(by_slot[slot] for slot, _ in selection.tenants)
         self.entry_slots = ()
         self.base = not selection.tenants
+
+    def require_one_entry(self, path: str) -> None:
+        """Raise ``ValueError`` unless every row gets the same: for modules that see rows in an order of their own."""
+        if self.kind != "uniform" and not self.base:
+            raise ValueError(
+                f"{path}: an expert sees its own choice of tokens, so it cannot tell which sample a row belongs to; "
+                "select "
+                "one entry for the whole batch"
+            )
 
     def cache(self, seq: int | None) -> dict[Any, Routing]:
         """Routings built so far for forwards of this sequence length (None: not known), by input shape and device."""

@@ -85,7 +85,7 @@ class Serving:
 
     def __init__(self, num_slots: int, max_rank: int, batch_dim: int) -> None:
         self.num_slots, self.max_rank, self.batch_dim = num_slots, max_rank, batch_dim
-        self._init_run_time({}, {}, Selection("uniform", ((),)))
+        self._init_run_time({}, {}, Selection("uniform", ((),), (0,)))
 
     def _init_run_time(self, slots: Mapping[str, int], heads: Mapping[str, frozenset[str]], default: Selection) -> None:
         self.lock = threading.RLock()
@@ -107,9 +107,7 @@ class Serving:
             tenants = {lease.serial: lease.index for lease in self.published.leases.values()}
             default = self.default.selection
             if default.tokens is not None and any(tenants.get(serial) != slot for slot, serial in default.tenants):
-                default = Selection(
-                    "uniform", ((),)
-                )  # it named slots that changed hands: nothing it could mean in a copy
+                default = Selection("uniform", ((),), (0,))  # its slots changed hands: a copy could not use it
             return {
                 "num_slots": self.num_slots,
                 "max_rank": self.max_rank,
@@ -126,7 +124,7 @@ class Serving:
         if default.tokens is not None:
             serials = {lease.index: lease.serial for lease in self.published.leases.values()}
             tenants = tuple((slot, serials[slot]) for slot, _ in default.tenants)
-            self.default = Context(Selection("tokens", (), default.tokens, tenants))
+            self.default = Context(Selection("tokens", (), (), default.tokens, tenants))
 
     @property
     def physical_slots(self) -> int:
@@ -159,7 +157,7 @@ class Serving:
             snapshot = backward.snapshot
             if snapshot is None or torch._C._current_graph_task_id() == -1:
                 local.backward = None
-            elif backward.contexts is local.contexts:  # no selection was entered since: this is a recomputation
+            elif backward.contexts == local.contexts:  # no selection was entered since: this is a recomputation
                 return snapshot, backward.seq
         contexts = local.contexts
         context = contexts[-1] if contexts else self.default

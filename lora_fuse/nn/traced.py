@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from lora_fuse.nn.selection import Snapshot
 
 LIBRARY.define("pin_selection(Tensor x, int handle) -> Tensor")
-LIBRARY.define("current_routing(Tensor x, Tensor? token, int handle) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "current_routing(Tensor x, Tensor? token, int handle, bool one_entry) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _serving(handle: int) -> Serving:
@@ -43,10 +45,16 @@ def _pin(x: Tensor, handle: int) -> Tensor:
     return token
 
 
-def _current(x: Tensor, token: Tensor | None, handle: int) -> tuple[Tensor, ...]:
-    serving = _serving(handle)
+def snapshot_of(token: Tensor | None, handle: int) -> tuple[Snapshot, int | None]:
+    """What the token pinned, or else what the calling thread works under."""
     pinned: tuple[Snapshot, int | None] | None = getattr(token, "lora_pinned", None)
-    snapshot, seq = pinned or serving.current()
+    return pinned or _serving(handle).current()
+
+
+def _current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> tuple[Tensor, ...]:
+    snapshot, seq = snapshot_of(token, handle)
+    if one_entry:
+        snapshot.require_one_entry("an attached expert")
     routing = snapshot.routing(tuple(x.shape[:-1]), x.device, seq, "an attached layer")
     cache, key = snapshot.cache(seq), ("explicit", x.device, x.shape[:-1])
     if key not in cache:
@@ -60,7 +68,7 @@ def _current(x: Tensor, token: Tensor | None, handle: int) -> tuple[Tensor, ...]
     return copies
 
 
-def _fake_current(x: Tensor, token: Tensor | None, handle: int) -> tuple[Tensor, ...]:
+def _fake_current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> tuple[Tensor, ...]:
     num_pairs = torch.library.get_ctx().new_dynamic_size()
     num_slots = _serving(handle).physical_slots
     num_rows = x[..., 0].numel()
@@ -102,6 +110,10 @@ def unpin(serving: Serving) -> None:
     serving.token = None
 
 
-def traced_routing(serving: Serving, x: Tensor) -> tuple[Tensor, ...]:
-    """``(rows, weights, segment_starts, row_starts, row_pairs)`` of an input ``[..., features]``, read at run time."""
-    return torch.ops.lora_fuse.current_routing(x.detach(), serving.token, serving.handle)
+def traced_routing(serving: Serving, x: Tensor, one_entry: bool = False) -> tuple[Tensor, ...]:
+    """``(rows, weights, segment_starts, row_starts, row_pairs)`` of an input ``[..., features]``, read at run time.
+
+    Args:
+        one_entry: refuse any selection but one entry for all rows.
+    """
+    return torch.ops.lora_fuse.current_routing(x.detach(), serving.token, serving.handle, one_entry)

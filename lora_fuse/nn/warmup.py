@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
-from lora_fuse.nn.attach import attached_layers
+from lora_fuse.nn.select import attached_layers
 
 
 @torch.no_grad()

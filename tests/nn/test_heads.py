@@ -10,6 +10,7 @@ import pytest
 import torch
 from nn_models import adapter
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_fuse as lf
 from lora_fuse import LoraAdapter
@@ -129,7 +130,7 @@ def test_tokens_select_heads_too() -> None:
     slots = lf.adapter_slots(nested)
     with (
         lf.use_adapters(nested, torch.tensor([slots["two"], -1] * 4)),
-        pytest.raises(ValueError, match="head: .*8 tokens"),
+        pytest.raises(ValueError, match=r"head: .*8 tokens"),
     ):
         nested(torch.randn(2, 4, 12))
 
@@ -266,3 +267,33 @@ def test_pefts_mixed_batch_agrees() -> None:
     model = lf.attach(copy.deepcopy(bare), adapters)
     with torch.no_grad(), lf.use_adapters(model, [None if n == "__base__" else n for n in names]):
         torch.testing.assert_close(model(x), oracle.eval()(x, adapter_names=names), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, {"a": 3, "b": 3, "plain": None}], ids=["widths-differ", "one-width"])
+def test_linear_heads_compile_in_inference(widths: dict[str, int | None]) -> None:
+    torch._dynamo.reset()
+    bare, adapters = make(nn.Linear(12, 3), widths)
+    model = lf.attach(copy.deepcopy(bare), adapters)
+    counter = CompileCounterWithBackend("eager")
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    names = [*widths, None]
+    with torch.no_grad():
+        for shift in range(3):
+            entries = names[shift:] + names[:shift]
+            x = torch.randn(len(entries), 4, 12)
+            for selection in (entries, names[0], None):
+                with lf.use_adapters(model, selection):
+                    assert torch.equal(fast(x), model(x))
+        first = next(iter(widths))
+        lf.swap_adapter(model, first, adapters[first])
+        with lf.use_adapters(model, names):
+            assert torch.equal(fast(x), model(x))
+        assert counter.frame_count == 1
+        twin = copy.deepcopy(model)
+        lf.set_adapters(twin, names)
+        lf.remove_adapter(model, first)
+        check(
+            torch.compile(twin, backend="eager")(x),
+            [alone(bare, adapters, e, x[i : i + 1]) for i, e in enumerate(names)],
+        )
+    torch._dynamo.reset()

@@ -1,0 +1,114 @@
+"""What ``attach`` leaves on a model: the record that undoes it, and the hooks of the outermost forward."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fuse.nn.bypass import Switched
+from lora_fuse.nn.heads import MultiHead
+from lora_fuse.nn.linear import AdaptedModule
+from lora_fuse.nn.serving import Serving, batched_input
+from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
+
+
+@dataclass(frozen=True)
+class AttachedAdapter:
+    """What ``adapters()`` says about one adapter.
+
+    Args:
+        slot: where it lies now; a swap moves it.
+        rank: its largest rank.
+        nbytes: bytes of its tensors as given.
+        layers: module paths that it adapts.
+        heads: module paths that it brings a copy of.
+        source: where it came from.
+    """
+
+    slot: int
+    rank: int
+    nbytes: int
+    layers: tuple[str, ...]
+    heads: tuple[str, ...]
+    source: str
+
+
+class Lock:
+    """A lock that copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` did to a model; kept on the model, used to undo it."""
+
+    serving: Serving
+    fallback_dtype: torch.dtype
+    layers: dict[str, AdaptedModule] = field(default_factory=dict)
+    heads: dict[str, MultiHead] = field(default_factory=dict)
+    info: dict[str, AttachedAdapter] = field(default_factory=dict)
+    switched: list[Switched] = field(default_factory=list)
+    wrapped: list[tuple[nn.Module, str]] = field(default_factory=list)
+    changing: Lock = field(default_factory=Lock)
+
+
+class Begin:
+    """Forward pre-hook of the outermost module."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            pin(self.serving, batched_input(args, kwargs))
+        else:
+            self.serving.begin(args, kwargs)
+
+
+class End:
+    """Forward hook of the outermost module; runs after an exception too."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            unpin(self.serving)
+        else:
+            self.serving.end(output)
+
+
+run_as_plain_python(Begin.__call__)
+run_as_plain_python(End.__call__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself, of what ``torch.compile`` returned."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    return model._modules.get("_orig_mod") or model
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    model = unwrap(model)
+    attachment = model.__dict__.get("lora_attachment")
+    if attachment is None:
+        raise ValueError(
+            f"model: this {type(model).__name__} has no adapters attached; call lora_fuse.attach(model, ...) first"
+        )
+    return attachment  # type: ignore[no-any-return]

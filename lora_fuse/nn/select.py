@@ -1,0 +1,69 @@
+"""Choose adapters for the forwards to come, and see which there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_fuse.nn import heads
+from lora_fuse.nn.attachment import AttachedAdapter, attachment_of
+from lora_fuse.nn.linear import AdaptedModule
+from lora_fuse.nn.selection import SelectionLike, parse_selection
+from lora_fuse.nn.serving import Context
+
+
+def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
+    """What is attached: name -> slot, rank, bytes, module paths."""
+    return dict(attachment_of(model).info)
+
+
+def adapter_slots(model: nn.Module) -> dict[str, int]:
+    """Name -> slot, as a tensor selection wants it. A swap moves an adapter to another slot."""
+    return {name: lease.index for name, lease in attachment_of(model).serving.published.leases.items()}
+
+
+@contextmanager
+def use_adapters(model: nn.Module, selection: SelectionLike) -> Iterator[None]:
+    """Select adapters for the forwards that the calling thread makes until exit.
+
+    Args:
+        model: an attached model.
+        selection: one entry for every row, a list with an entry per sample, or an int32 tensor ``[num_tokens]`` of
+            slots (-1 = base). An entry is a name, None (base), or ``{name: weight, ...}``.
+    Raises:
+        ValueError, TypeError: an unknown name (those attached are listed), a weight that is not finite, a slot that
+            holds no adapter (its row is named). A list of the wrong length is refused by the forward, which says both
+            lengths.
+    """
+    serving = attachment_of(model).serving
+    context: Context = serving.enter(parse_selection(selection, serving.published, serving.physical_slots))
+    try:
+        yield
+    finally:
+        serving.leave(context)
+
+
+def set_adapters(model: nn.Module, selection: SelectionLike) -> None:
+    """Set the model's default selection, seen by every thread that is not inside ``use_adapters``. Weights never
+    change.
+
+    Args and Raises: as ``use_adapters``.
+    """
+    serving = attachment_of(model).serving
+    serving.default = Context(parse_selection(selection, serving.published, serving.physical_slots))
+
+
+def attached_layers(model: nn.Module) -> dict[str, AdaptedModule]:
+    """The layers that have slots, by module path."""
+    return dict(attachment_of(model).layers)
+
+
+def head_sizes(model: nn.Module) -> dict[str, dict[str | None, int]]:
+    """Module path -> {adapter name: width of its head, None: width of the base model's head}.
+
+    Adapters that bring no copy of a module are left out there; their rows use the base model's.
+    """
+    attachment = attachment_of(model)
+    return heads.sizes(attachment.heads, attachment.serving.published)
