@@ -177,8 +177,6 @@ def rank_and_alpha(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
 
 
 def _alpha(scaling: float, rank: int) -> float:
-    """An alpha with ``alpha / rank == scaling``: the product, or a neighbour of it where rounding got in the way."""
-    product = scaling * rank
-    near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
-    alpha = min(near, key=lambda a: abs(a / rank - scaling))
+    """``scaling * rank``: where any alpha gives back the scaling exactly this one does, else it is off by one ulp."""
+    alpha = scaling * rank
     return int(alpha) if alpha.is_integer() else alpha

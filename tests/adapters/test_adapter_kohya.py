@@ -116,6 +116,14 @@ def test_model_is_needed() -> None:
         lf.load_adapter(_pair(Q, (2, 6), (4, 2)))
 
 
+def test_conv1d_weights_lie_transposed() -> None:
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    adapter = lf.load_adapter(
+        _pair("c.attn", (2, 6), (4, 2)), model=nn.ModuleDict({"c": nn.ModuleDict({"attn": conv1d(4, 6)})})
+    )
+    assert adapter.delta("c.attn").shape == (4, 6)
+
+
 def test_collision() -> None:
     model = nn.ModuleDict({"a_b": nn.Linear(6, 4), "a": nn.ModuleDict({"b": nn.Linear(6, 4)})})
     with pytest.raises(ValueError, match=r"lora_unet_a_b: may mean any of a_b, a\.b"):

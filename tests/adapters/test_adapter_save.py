@@ -33,7 +33,7 @@ SCALINGS = [1.0, 0.1, 1 / 3, math.pi, 1e-30, 123456.789, -0.7, 0.0, 16 / math.sq
 
 
 def test_scalings_come_back_exactly(tmp_path: Path) -> None:
-    """alpha / rank has a solution for nearly every scaling; the others differ in the last place."""
+    """alpha / rank has a solution for most scalings; the others differ in the last place."""
     layers = {
         f"m.{rank}.{i}.q": _layer(rank, scaling)
         for rank in (1, 3, 7, 8, 64, 100)
@@ -48,7 +48,11 @@ def test_scalings_come_back_exactly(tmp_path: Path) -> None:
         assert abs(got - want) <= math.ulp(want)
         exact += got == want
         assert torch.equal(back.layers[path].lora_b, layer.lora_b)
-    assert exact >= 0.95 * len(layers)
+    assert exact >= 0.8 * len(layers)
+    ratios = {f"{rank}.{alpha}.q": _layer(rank, alpha / rank) for rank in (3, 7, 49, 100) for alpha in (1, 5, 16, 0.3)}
+    LoraAdapter(ratios).save_pretrained(tmp_path / "b")  # those that came from an alpha
+    back = lf.load_adapter(tmp_path / "b")
+    assert {path: x.scaling for path, x in back.layers.items()} == {path: x.scaling for path, x in ratios.items()}
 
 
 def test_one_scaling_needs_no_alpha_pattern() -> None:
@@ -139,12 +143,13 @@ def test_what_peft_cannot_express(layers: dict[str, LoraLayer], message: str, tm
 
 def test_strided_and_shared_tensors(tmp_path: Path) -> None:
     big = torch.randn(10, 10)
-    shared = LoraLayer(big[:2, ::2], big.t()[1:4, 2:4], 1.0)
-    LoraAdapter({"a": shared, "b": shared}).save_pretrained(tmp_path / "a")
+    strided, whole = LoraLayer(big[:2, ::2], big.t()[1:4, 2:4], 1.0), LoraLayer(big[:2], big[2:8].reshape(30, 2), 1.0)
+    layers = {"a": strided, "b": strided, "c": whole, "d": whole}
+    LoraAdapter(layers).save_pretrained(tmp_path / "a")
     back = lf.load_adapter(tmp_path / "a")
-    for path in ("a", "b"):
-        assert torch.equal(back.layers[path].lora_a, shared.lora_a)
-        assert torch.equal(back.layers[path].lora_b, shared.lora_b)
+    for path, layer in layers.items():
+        assert torch.equal(back.layers[path].lora_a, layer.lora_a)
+        assert torch.equal(back.layers[path].lora_b, layer.lora_b)
 
 
 def test_overwriting_keeps_foreign_files(tmp_path: Path) -> None:
