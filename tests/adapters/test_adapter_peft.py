@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_fuse as lf
+from lora_fuse.adapters.config import LoraSettings
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 
 LLAMA = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -332,3 +333,26 @@ def test_repr(write: Callable[..., Written]) -> None:
     assert len(text) < 300
     layer = LoraLayer(torch.ones(2, 3), torch.ones(4, 2), 0.5, lora_bias=torch.ones(4))
     assert repr(layer) == "LoraLayer(linear 4 x 3, rank 2, scaling 0.5, lora_bias, float32)"
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "matches"),
+    [
+        ("q", "q", True),
+        ("q", "a.q", True),
+        ("q", "a.kq", False),  # whole parts of a path only
+        ("q", "q.a", False),
+        ("a.q", "b.a.q", True),
+        ("a.q", "b.ba.q", False),
+        ("^a.q", "a.q", True),
+        ("^a.q", "b.a.q", False),
+        (r"\d\.q", "layers.12.q", False),
+        (r"\d+\.q", "layers.12.q", True),
+        ("k|q", "a.q", True),
+        (".*", "anything.at.all", True),
+    ],
+)
+def test_pattern_rule_is_pefts(key: str, path: str, matches: bool) -> None:
+    assert (peft.utils.other.get_pattern_key([key], path) == key) is matches or key == path
+    settings = LoraSettings(rank_pattern={key: 3}, alpha_pattern={key: 6.0})
+    assert (settings.rank(path), settings.scaling(path, 2)) == ((3, 3.0) if matches else (8, 4.0))
