@@ -1,4 +1,4 @@
-"""Eight text-classification tasks read from WordNet 3.0: texts, labels, and a split that leaks nothing.
+"""Six text-classification tasks read from WordNet 3.0: texts, labels, and a split that leaks nothing.
 
 Every task is made of synsets (WordNet's entries). A synset goes to test, validation or training by a hash of its
 definition, before any example is built from it; an example that joins two synsets is kept only if both lie in the same
@@ -94,13 +94,6 @@ def verb_topic(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator
     for s in synsets.values():
         if s.key[0] == "v":
             yield s.part, Example("; ".join((s.definition, *s.sentences)), None, s.topic.split(".")[1])
-
-
-def word_class(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator[tuple[str, Example]]:
-    """Does a definition define a noun, a verb, an adjective or an adverb?"""
-    names = {letter: name for name, letter in zip(("noun", "verb", "adjective", "adverb"), "nvar", strict=True)}
-    for s in synsets.values():
-        yield s.part, Example(s.definition, None, names[s.key[0]])
 
 
 def hypernymy(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator[tuple[str, Example]]:
@@ -213,27 +206,6 @@ def _form(token: str, lemma: str, irregular: dict[str, str]) -> str | None:
     return None
 
 
-def word_sense(synsets: dict[tuple[str, str], Synset], folder: Path) -> Iterator[tuple[str, Example]]:
-    """A sentence and a definition of a word in it: is the word used in that sense, or in another of its senses?"""
-    rng = random.Random(0)
-    senses: dict[tuple[str, str], list[Synset]] = defaultdict(list)
-    for s in synsets.values():
-        for word in s.words:
-            senses[s.key[0], word.lower()].append(s)
-    for s in synsets.values():
-        for sentence in s.sentences:
-            word = next((w for w in s.words if re.search(rf"\b{re.escape(w)}", sentence, re.IGNORECASE)), None)
-            if word is None:
-                continue
-            other = [o for o in senses[s.key[0], word.lower()] if o is not s and o.part == s.part]
-            if not other:
-                continue
-            wrong = rng.random() < 0.5
-            shown = rng.choice(other) if wrong else s
-            label = "other sense" if wrong else "this sense"
-            yield s.part, Example(sentence, f"{word}: {shown.definition}", label)
-
-
 class Task(NamedTuple):
     """How examples are made, and whether the classes are to be drawn in equal numbers."""
 
@@ -244,12 +216,10 @@ class Task(NamedTuple):
 TASKS = {
     "noun_topic": Task(noun_topic, False),
     "verb_topic": Task(verb_topic, False),
-    "word_class": Task(word_class, True),
     "hypernymy": Task(hypernymy, True),
     "word_order": Task(word_order, True),
     "missing_word": Task(missing_word, True),
     "verb_form": Task(verb_form, False),
-    "word_sense": Task(word_sense, True),
 }
 
 

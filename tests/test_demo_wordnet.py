@@ -54,7 +54,7 @@ def test_read_synsets(wordnet, folder):
     assert len(synsets) == 79 + 59 + 2
 
 
-@pytest.mark.parametrize("name", ["noun_topic", "verb_topic", "word_class", "hypernymy", "word_order", "verb_form"])
+@pytest.mark.parametrize("name", ["noun_topic", "verb_topic", "hypernymy", "word_order", "missing_word", "verb_form"])
 def test_splits_share_nothing(wordnet, folder, name):
     synsets = wordnet.read_synsets(folder)
     limits = dict.fromkeys(("train", "validation", "test"), 10_000)
