@@ -5,7 +5,16 @@ import sys
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+flags = [
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 # OpenMP comes from the libgomp that torch has already loaded (same soname), never from a copy of our own.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
@@ -15,8 +24,13 @@ setup(
             "lora_fuse._cpu",
             ["csrc/bindings.cpp", "csrc/dispatch.cpp", "csrc/targets.cpp"],
             depends=[
-                "csrc/dlpack_abi.h", "csrc/views.h", "csrc/parallel.h", "csrc/dispatch.h", "csrc/simd.inl",
-                "csrc/lora.inl", "csrc/lora_amx.inl",
+                "csrc/dlpack_abi.h",
+                "csrc/views.h",
+                "csrc/parallel.h",
+                "csrc/dispatch.h",
+                "csrc/simd.inl",
+                "csrc/lora.inl",
+                "csrc/lora_amx.inl",
             ],
             cxx_std=17,
             extra_compile_args=flags + openmp,

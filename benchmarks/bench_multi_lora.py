@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import roofline
@@ -84,6 +85,14 @@ class Case:
             for slot in range(s.adapters):
                 pool.write(slot, a[slot], b[slot], SCALING)
         self.variants = {"lora_fuse": self._ours()} | {name: self._rival(name) for name in rivals}
+        if rivals:  # the whole layer beside its LoRA part
+            x, weight, pools = self.x, torch.randn(s.features, s.features).to(s.dtype), self.pools
+            self.whole = {
+                "linear": lambda i: F.linear(x, weight),
+                "layer": lambda i: multi_lora(x, pools[i], self.routing, out=F.linear(x, weight)),
+            }
+        else:
+            self.whole = {}
 
     def _ours(self) -> Any:
         out, x, routing, pools = self.new_out(), self.x, self.routing, self.pools
@@ -110,10 +119,11 @@ class Case:
 
     def time_us(self, budget_s: float) -> dict[str, float]:
         """Medians; one call of every variant in turn, until the budget is spent (five rounds at least)."""
-        times: dict[str, list[int]] = {n: [] for n in self.variants}
+        timed = self.variants | self.whole
+        times: dict[str, list[int]] = {n: [] for n in timed}
         deadline, i = time.perf_counter() + budget_s, 0
         while i < 5 or (time.perf_counter() < deadline and i < 400):
-            for name, fn in self.variants.items():
+            for name, fn in timed.items():
                 start = time.perf_counter_ns()
                 fn(i % self.sets)
                 times[name].append(time.perf_counter_ns() - start)
@@ -130,7 +140,9 @@ def arithmetic_of(dtype: torch.dtype, isa: str) -> torch.dtype:
     return dtype if isa in ("avx512_bf16", "amx_bf16") else torch.float32
 
 
-def run(shapes: list[Shape], machine: roofline.Machine, isa: str, rivals: list[str], budget_s: float) -> list[dict[str, Any]]:
+def run(
+    shapes: list[Shape], machine: roofline.Machine, isa: str, rivals: list[str], budget_s: float
+) -> list[dict[str, Any]]:
     """A row per shape: microseconds of every variant, the floor, and the fraction of the roofline that ours reaches."""
     results = []
     for shape in shapes:
@@ -138,14 +150,22 @@ def run(shapes: list[Shape], machine: roofline.Machine, isa: str, rivals: list[s
         case.check()
         us = case.time_us(budget_s)
         floor = machine.floor_us(shape.nbytes, shape.flops, arithmetic_of(shape.dtype, isa))
-        row = asdict(shape) | {"dtype": str(shape.dtype).removeprefix("torch."), "isa": isa, "us": us, "floor_us": floor}
+        row = asdict(shape) | {
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "isa": isa,
+            "us": us,
+            "floor_us": floor,
+        }
+        row["id"] = shape.id
         row["gb_per_s"] = shape.nbytes / us["lora_fuse"] / 1e3
         row["gflop_per_s"] = shape.flops / us["lora_fuse"] / 1e3
         results.append(row)
-        others = {n: t for n, t in us.items() if n != "lora_fuse"}
+        others = {n: us[n] for n in rivals}
+        whole = f" | layer {us['layer']:9.1f} = linear {us['linear']:9.1f} + LoRA" if rivals else ""
         print(
             f"{shape.id:<52} {us['lora_fuse']:9.1f} {floor:9.1f} {us['lora_fuse'] / floor:5.2f}x | "
-            + "  ".join(f"{n} {t:9.1f} ({t / us['lora_fuse']:5.1f}x)" for n, t in others.items()),
+            + "  ".join(f"{n} {t:9.1f} ({t / us['lora_fuse']:5.1f}x)" for n, t in others.items())
+            + whole,
             flush=True,
         )
     return results
@@ -153,7 +173,8 @@ def run(shapes: list[Shape], machine: roofline.Machine, isa: str, rivals: list[s
 
 def summarise(results: list[dict[str, Any]], rivals: list[str]) -> None:
     ours = [r["us"]["lora_fuse"] for r in results]
-    print(f"\n{len(results)} shapes; time / floor: geometric mean {geomean([o / r['floor_us'] for o, r in zip(ours, results, strict=True)]):.2f}x")
+    over_floor = geomean([o / r["floor_us"] for o, r in zip(ours, results, strict=True)])
+    print(f"\n{len(results)} shapes; time / floor: geometric mean {over_floor:.2f}x")
     if not rivals:
         return
     best = [min(r["us"][n] for n in rivals) / o for o, r in zip(ours, results, strict=True)]
@@ -163,13 +184,18 @@ def summarise(results: list[dict[str, Any]], rivals: list[str]) -> None:
         print(f"against {name:<9}: geometric mean {geomean(ratios):.2f}x, worst {min(ratios):.2f}x")
     for r, ratio in zip(results, best, strict=True):
         if ratio < 1:
-            print(f"slower than the best rival ({ratio:.2f}x): {r['dtype']} d={r['features']} rows={r['rows']} adapters={r['adapters']} rank={r['rank']}")
+            print(f"slower than the best rival ({ratio:.2f}x): {r['id']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="every seventh shape, less time on each")
-    parser.add_argument("--isa", nargs="*", default=None, help="instruction sets to time (default: the best, then the others without rivals)")
+    parser.add_argument(
+        "--isa",
+        nargs="*",
+        default=None,
+        help="instruction sets to time (default: the best, then the others without rivals)",
+    )
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
     parser.add_argument("--filter", default="", help="only shapes whose id contains this")
     parser.add_argument("--budget", type=float, default=None, help="seconds a shape")
@@ -196,7 +222,17 @@ def main() -> None:
         results += part
     if args.json:
         with open(args.json, "w") as f:
-            json.dump({"machine": {"bytes_per_s": machine.bytes_per_s, "flops_per_s": {str(k): v for k, v in machine.flops_per_s.items()}}, "results": results}, f, indent=1)
+            json.dump(
+                {
+                    "machine": {
+                        "bytes_per_s": machine.bytes_per_s,
+                        "flops_per_s": {str(k): v for k, v in machine.flops_per_s.items()},
+                    },
+                    "results": results,
+                },
+                f,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fuse._cpu import multi_lora as _multi_lora
 from lora_fuse.ops import multi_lora as _op
-from lora_fuse.ops.eager import may_bypass
+from lora_fuse.ops.eager import may_bypass, under_transform
 from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
 
 __all__ = ["LowRankSVD", "lowrank_svd", "multi_lora"]
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None = None) -> Tensor:
     """Apply every row's adapters: ``out[row] += sum over the row's pairs of weight * scaling * B (A x[row])``.
 
-    Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows, their
-    order or the number of threads (with the AMX instruction set: on whether its adapter has 16 rows or more in
-    the batch). Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and ``routing.weights``, not in the pool.
+    Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows,
+    their order or the number of threads; one exception, bf16 with AMX tiles: the last bit may depend on whether the
+    row's adapter has 16 rows or more in the batch. Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and
+    ``routing.weights``, not in the pool.
 
     Args:
         x: ``[..., in_features]`` with ``routing.num_rows`` rows in all; fp32, bf16 or fp16, the pool's dtype
@@ -58,7 +59,9 @@ def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None
     if out is not None and torch.is_grad_enabled():
         for name, t in (("x", x), ("out", out), ("routing.weights", routing.weights)):
             if t is not None and t.requires_grad:
-                raise ValueError(f"out: cannot be given while {name} requires grad; leave it out, or use torch.no_grad()")
+                raise ValueError(
+                    f"out: cannot be given while {name} requires grad; leave it out, or use torch.no_grad()"
+                )
     pool_a, pool_b, slot_rank, slot_scaling = pool.tensors
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
@@ -66,6 +69,6 @@ def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None
         x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
     args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors)
     if out is None:
-        return torch.ops.lora_fuse.multi_lora(*args)
+        return _op.transformable(*args) if under_transform() else torch.ops.lora_fuse.multi_lora(*args)
     torch.ops.lora_fuse.multi_lora_(out, *args)
     return out

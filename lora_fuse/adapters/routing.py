@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ class Routing:
         row_starts: ``[num_rows + 1]`` int32 and
         row_pairs: ``[num_pairs]`` int32: the pairs of each row; both None when no row has more than one pair.
         num_rows: rows of the flattened activation ``[num_rows, features]``.
+        tensors: the five above in this order, as the op takes them.
         leases: whatever must stay alive while this routing is in use (slots are reused when nothing holds them).
     """
 
@@ -34,11 +34,12 @@ class Routing:
     row_pairs: Tensor | None
     num_rows: int
     leases: tuple[Any, ...] = ()
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None] = field(init=False, repr=False)
 
-    @cached_property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """``(rows, weights, segment_starts, row_starts, row_pairs)``, as the op takes them."""
-        return self.rows, self.weights, self.segment_starts, self.row_starts, self.row_pairs
+    def __post_init__(self) -> None:
+        # Built once: every layer of a forward reads it. ``(rows, weights, segment_starts, row_starts, row_pairs)``.
+        tensors = (self.rows, self.weights, self.segment_starts, self.row_starts, self.row_pairs)
+        object.__setattr__(self, "tensors", tensors)
 
     @property
     def num_pairs(self) -> int:

@@ -20,8 +20,8 @@ _forward_ad = torch.autograd.forward_ad
 def may_bypass(x: Tensor, out: Tensor | None, weights: Tensor | None) -> bool:
     """True for plain tensors in plain eager mode with nothing to record.
 
-    False under autograd, torch.compile, jit or fx tracing, functorch transforms, forward-mode AD, dispatch or function modes
-    and autocast, and for tensor subclasses: there the dispatcher knows what to do.
+    False under autograd, torch.compile, jit or fx tracing, functorch transforms, forward-mode AD, dispatch or function
+    modes and autocast, and for tensor subclasses: there the dispatcher knows what to do.
     """
     if _compiling():
         return False
@@ -36,7 +36,12 @@ def may_bypass(x: Tensor, out: Tensor | None, weights: Tensor | None) -> bool:
         _dispatch_modes()
         or _function_mode()
         or _functorch_level() is not None
-        or _forward_ad._current_level >= 0
+        or _forward_ad._current_level >= 0  # a dual tensor may be among the arguments
         or _autocast("cpu")
         or _tracing() is not None
     )
+
+
+def under_transform() -> bool:
+    """True inside a functorch transform or a forward-mode AD level, outside compiled code."""
+    return not _compiling() and (_functorch_level() is not None or _forward_ad._current_level >= 0)

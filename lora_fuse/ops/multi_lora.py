@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch  # before _cpu: the extension shares the OpenMP runtime that torch loads
@@ -102,22 +103,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -> tuple[Any, ...]:
     x, pool_a, pool_b, slot_rank, slot_scaling, rows, weights, segment_starts, row_starts, row_pairs = ctx.saved_tensors
     routing = (rows, weights, segment_starts, row_starts, row_pairs)
     grad_x = grad_weights = None
     if ctx.needs_input_grad[0]:  # the same op with A and B in each other's places
-        grad_x = torch.ops.lora_fuse.multi_lora(grad, pool_b, pool_a, slot_rank, slot_scaling, *routing)
+        op = op or torch.ops.lora_fuse.multi_lora
+        grad_x = op(grad, pool_b, pool_a, slot_rank, slot_scaling, *routing)
     if weights is not None and ctx.needs_input_grad[6]:
         grad_weights = _weights_grad(
-            x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), pool_a, pool_b, slot_rank, slot_scaling,
-            rows, segment_starts,
+            x.reshape(-1, x.shape[-1]),
+            grad.reshape(-1, grad.shape[-1]),
+            pool_a,
+            pool_b,
+            slot_rank,
+            slot_scaling,
+            rows,
+            segment_starts,
         ).to(weights.dtype)
     return grad_x, None, None, None, None, None, grad_weights, None, None, None
 
 
 def _weights_grad(
-    x: Tensor, grad: Tensor, pool_a: Tensor, pool_b: Tensor, slot_rank: Tensor, slot_scaling: Tensor, rows: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    pool_a: Tensor,
+    pool_b: Tensor,
+    slot_rank: Tensor,
+    slot_scaling: Tensor,
+    rows: Tensor,
     segment_starts: Tensor,
 ) -> Tensor:
     """``d/dw[p] = scaling * <A x, B^T grad>`` of the pair's row and slot; ``[num_pairs]``, no host sync."""
@@ -129,8 +143,42 @@ def _weights_grad(
     h = x.to(dtype) @ pool_a.to(dtype).t()  # [rows, slots * max_rank]
     g = grad.to(dtype) @ pool_b.to(dtype).t()
     live = torch.arange(max_rank, device=rows.device)[None] < slot_rank[:, None]  # [slots, max_rank]
-    dots = ((h * g).view(-1, num_slots, max_rank) * live).sum(-1) * slot_scaling  # [rows, slots]
+    dots = torch.where(live, (h * g).view(-1, num_slots, max_rank), 0.0).sum(-1) * slot_scaling  # [rows, slots]
     return dots[rows.long(), slots]
 
 
 torch.library.register_autograd("lora_fuse::multi_lora", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+class _Transformable(torch.autograd.Function):
+    """The same op under functorch transforms and forward-mode AD, which ``register_autograd`` does not serve."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():  # this Function is the autograd; not the registered one as well
+            return torch.ops.lora_fuse.multi_lora(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, grad, transformable)
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Any) -> Tensor:  # linear in x and in the weights
+        x, *pool_and_routing = ctx.saved_tensors
+        parts = [] if x_tangent is None else [torch.ops.lora_fuse.multi_lora(x_tangent, *pool_and_routing)]
+        if tangents[5] is not None:
+            changed = [*pool_and_routing[:5], tangents[5], *pool_and_routing[6:]]
+            parts.append(torch.ops.lora_fuse.multi_lora(x, *changed))
+        return sum(parts[1:], parts[0])
+
+
+def transformable(*args: Any) -> Tensor:
+    """``multi_lora`` for functorch transforms and forward-mode AD."""
+    return _Transformable.apply(*args)  # type: ignore[no-any-return]

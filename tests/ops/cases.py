@@ -16,7 +16,12 @@ Pairs = list[tuple[int, int, float]]
 
 
 def make_pool(
-    num_slots: int, max_rank: int, in_features: int, out_features: int, dtype: torch.dtype, ranks: list[int] | None = None
+    num_slots: int,
+    max_rank: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    ranks: list[int] | None = None,
 ) -> AdapterPool:
     """Random adapters; rows beyond a slot's own rank hold NaN, which must never be read."""
     pool = AdapterPool(num_slots, max_rank, in_features, out_features, dtype)
@@ -42,7 +47,11 @@ def mixed_pairs(num_rows: int, num_slots: int) -> Pairs:
 def routing_of(pairs: Pairs, num_rows: int, num_slots: int) -> Routing:
     rows, slots, weights = ([p[i] for p in pairs] for i in range(3))
     return Routing.from_pairs(
-        torch.tensor(rows, dtype=torch.long), torch.tensor(slots, dtype=torch.long), torch.tensor(weights), num_rows, num_slots
+        torch.tensor(rows, dtype=torch.long),
+        torch.tensor(slots, dtype=torch.long),
+        torch.tensor(weights),
+        num_rows,
+        num_slots,
     )
 
 
@@ -62,9 +71,13 @@ class Case:
 
 
 @functools.cache  # shared by the instruction sets
-def make_case(rows: int, in_features: int, out_features: int, max_rank: int, slots: int, dtype: torch.dtype, mixed: bool) -> Case:
+def make_case(
+    rows: int, in_features: int, out_features: int, max_rank: int, slots: int, dtype: torch.dtype, mixed: bool
+) -> Case:
     torch.manual_seed(rows + max_rank)
-    pool = make_pool(slots, max_rank, in_features, out_features, dtype, [max(0, max_rank - 3 * s) for s in range(slots)])
+    pool = make_pool(
+        slots, max_rank, in_features, out_features, dtype, [max(0, max_rank - 3 * s) for s in range(slots)]
+    )
     x, out = torch.randn(rows, in_features).to(dtype), torch.randn(rows, out_features).to(dtype)
     pairs = mixed_pairs(rows, slots) if mixed else pairs_of(torch.randint(-1, slots, (rows,)))
     want = reference.multi_lora(x, *pool.tensors, pairs, out=out)

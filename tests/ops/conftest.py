@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_fuse.ops import multi_lora as _  # noqa: F401  (torch before the extension)
+
 from lora_fuse import _cpu  # isort: skip
 
 

@@ -46,7 +46,7 @@ def test_large_mixed_batch_uses_a_workspace(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 40])
 def test_a_row_does_not_see_the_others(isa, dtype, rank):
-    """Bitwise: alone, in any order, on one thread or two. AMX may differ between few rows and many, so it is held to many."""
+    """Bitwise: alone, in any order, on one thread or two. AMX may differ between few rows and many: held to many."""
     slots, rows = 3, 120
     pool = make_pool(slots, rank, 300, 130, dtype, [rank, max(1, rank - 5), rank])
     index = torch.arange(rows) % (slots + 1) - 1
@@ -74,7 +74,9 @@ def test_a_mix_of_one_is_the_adapter_itself(isa):
     pool = make_pool(3, 12, 200, 72, torch.float32)
     x, out = torch.randn(4, 200), torch.randn(4, 72)
     alone = multi_lora(x, pool, routing_of([(0, 1, 1.0), (2, 2, 1.0)], 4, 3), out=out.clone())
-    beside = multi_lora(x, pool, routing_of([(0, 1, 1.0), (2, 2, 1.0), (3, 0, 0.5), (3, 1, 2.0)], 4, 3), out=out.clone())
+    beside = multi_lora(
+        x, pool, routing_of([(0, 1, 1.0), (2, 2, 1.0), (3, 0, 0.5), (3, 1, 2.0)], 4, 3), out=out.clone()
+    )
     assert torch.equal(alone[:3], beside[:3])
 
 
@@ -164,7 +166,9 @@ def test_half_conversions_are_exact(isa):
     pool = make_pool(1, 1, 1, 65536, torch.float16)
     pool.write(0, torch.ones(1, 1), torch.zeros(65536, 1), 1.0)
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)[None]
-    got = multi_lora(torch.ones(1, 1, dtype=torch.float16), pool, Routing.from_slots(torch.tensor([0]), 1), out=every.clone())
+    got = multi_lora(
+        torch.ones(1, 1, dtype=torch.float16), pool, Routing.from_slots(torch.tensor([0]), 1), out=every.clone()
+    )
     keep = ~every.isnan()
     assert torch.equal((every + 0.0)[keep].view(torch.int16), got[keep].view(torch.int16))
     assert got[~keep].isnan().all()

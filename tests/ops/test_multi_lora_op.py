@@ -1,0 +1,344 @@
+"""The torch.library op around the kernel: registration, autograd, compile, export, the fast path stepping aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make_pool, routing_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_fuse import functional
+from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.adapters.routing import Routing
+from lora_fuse.functional import multi_lora
+
+OPS = torch.ops.lora_fuse
+PAIRS = [(0, 1, 0.5), (0, 2, -1.0), (2, 0, 2.0), (3, 1, 1.0)]
+
+
+def args_of(pool: AdapterPool, routing: Routing) -> tuple:
+    return (*pool.tensors, *routing.tensors)
+
+
+class Seen(TorchDispatchMode):
+    """Records the ops that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_opcheck(dtype, mixed):
+    pool = make_pool(3, 4, 20, 12, dtype)
+    pool.pool_a.nan_to_num_()
+    pool.pool_b.nan_to_num_()
+    routing = routing_of(PAIRS, 5, 3) if mixed else Routing.from_slots(torch.tensor([1, -1, 0, 2, 2]), 3)
+    x = torch.randn(5, 20).to(dtype)
+    torch.library.opcheck(OPS.multi_lora.default, (x, *args_of(pool, routing)))
+    torch.library.opcheck(OPS.multi_lora_.default, (torch.zeros(5, 12, dtype=dtype), x, *args_of(pool, routing)))
+    if dtype != torch.bfloat16:
+        torch.library.opcheck(OPS.multi_lora.default, (x.requires_grad_(), *args_of(pool, routing)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients(dtype):
+    """d/dx and d/dweights against autograd through dense products; fp64 by gradcheck too."""
+    pool = make_pool(3, 4, 10, 7, dtype, [4, 2, 0])
+    x = torch.randn(5, 10, dtype=dtype, requires_grad=True)
+    weights = torch.tensor([p[2] for p in PAIRS], requires_grad=True)
+    rows, slots = torch.tensor([p[0] for p in PAIRS]), torch.tensor([p[1] for p in PAIRS])
+
+    def ours(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return multi_lora(x, pool, Routing.from_pairs(rows, slots, w, 5, 3))
+
+    def dense(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x.new_zeros(5, 7)
+        for i, (row, slot, _) in enumerate(PAIRS):
+            used = slice(slot * 4, slot * 4 + int(pool.slot_rank[slot]))
+            delta = pool.pool_b[used].t() @ pool.pool_a[used] * pool.slot_scaling[slot]
+            y = y.index_add(0, torch.tensor([row]), (w[i].to(dtype) * (delta @ x[row]))[None])
+        return y
+
+    cotangent = torch.randn(5, 7, dtype=dtype)
+    got = torch.autograd.grad(ours(x, weights), (x, weights), cotangent)
+    want = torch.autograd.grad(dense(x, weights), (x, weights), cotangent)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda t: ours(t, weights.detach()), (x,))
+
+
+@pytest.mark.parametrize("needs", ["x", "weights"])
+def test_out_with_a_gradient_is_refused(needs):
+    pool = make_pool(3, 4, 10, 7, torch.float32)
+    x = torch.randn(5, 10, requires_grad=needs == "x")
+    weights = torch.tensor([p[2] for p in PAIRS], requires_grad=needs == "weights")
+    rows, slots = torch.tensor([p[0] for p in PAIRS]), torch.tensor([p[1] for p in PAIRS])
+    routing = Routing.from_pairs(rows, slots, weights, 5, 3)
+    with pytest.raises(ValueError, match=r"out: cannot be given while .* requires grad"):
+        multi_lora(x, pool, routing, out=torch.zeros(5, 7))
+    with torch.no_grad():
+        multi_lora(x, pool, routing, out=torch.zeros(5, 7))
+
+
+def test_out_version_is_bumped():
+    pool, out = make_pool(1, 2, 8, 8, torch.float32), torch.zeros(3, 8)
+    before = out._version
+    multi_lora(torch.randn(3, 8), pool, Routing.from_slots(torch.zeros(3, dtype=torch.long), 1), out=out)
+    assert out._version > before
+    w = torch.randn(3, 8, requires_grad=True)
+    saved = w.detach().clone()
+    product = (w * saved).sum()  # saves `saved`
+    multi_lora(torch.randn(3, 8), pool, Routing.from_slots(torch.zeros(3, dtype=torch.long), 1), out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():  # inference tensors have no version; the call works all the same
+        multi_lora(
+            torch.randn(3, 8), pool, Routing.from_slots(torch.zeros(3, dtype=torch.long), 1), out=torch.zeros(3, 8)
+        )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiles_without_breaks_at_changing_sizes(in_place):
+    pool = make_pool(3, 4, 20, 12, torch.float32)
+    pool.pool_a.nan_to_num_()
+    pool.pool_b.nan_to_num_()
+
+    def call(x, *args):
+        if in_place:
+            y = x.new_ones(x.shape[0], 12)
+            OPS.multi_lora_(y, x.relu(), *args)
+            return y * 2
+        return OPS.multi_lora(x.relu(), *args) * 2
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    for rows in (5, 9, 33):
+        x = torch.randn(rows, 20)
+        args = args_of(pool, Routing.from_slots(torch.arange(rows) % 4 - 1, 3))
+        torch.testing.assert_close(compiled(x, *args), call(x, *args))
+
+
+def test_compiled_public_function_and_export_record_the_op():
+    pool = make_pool(2, 4, 20, 12, torch.float32)
+    routing = Routing.from_slots(torch.tensor([0, 1, -1, 0]), 2)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = pool
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return multi_lora(x, self.pool, routing)
+
+    layer, x = Layer(), torch.randn(4, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+        exported = torch.export.export(layer, (x,))
+    names = [str(n.target) for n in exported.graph.nodes if n.op == "call_function"]
+    assert "lora_fuse.multi_lora.default" in names
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+class TestTheFastPathStepsAside:
+    """Wherever torch must see the op, it does; with nothing to see, the dispatcher is not entered."""
+
+    @pytest.fixture(autouse=True)
+    def _call(self, monkeypatch):
+        self.pool = make_pool(2, 4, 20, 12, torch.float32)
+        self.pool.pool_a.nan_to_num_()
+        self.pool.pool_b.nan_to_num_()
+        self.routing = Routing.from_slots(torch.tensor([0, 1, -1, 0]), 2)
+        self.x = torch.randn(4, 20)
+        self.kernel_calls = 0
+        plain = functional._multi_lora
+
+        def counted(*args):
+            self.kernel_calls += 1
+            return plain(*args)
+
+        monkeypatch.setattr(functional, "_multi_lora", counted)
+        self.want = self.call(self.x)
+        assert self.kernel_calls == 1
+        self.kernel_calls = 0
+
+    def call(self, x):
+        return multi_lora(x, self.pool, self.routing)
+
+    def test_dispatch_mode(self):
+        with Seen() as seen:
+            got = self.call(self.x)
+        assert "lora_fuse.multi_lora.default" in seen.names
+        assert self.kernel_calls == 0
+        assert torch.equal(got, self.want)
+
+    def test_function_mode(self):
+        class Functions(torch.overrides.TorchFunctionMode):
+            seen: list = []  # noqa: RUF012
+
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                self.seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Functions() as mode:
+            self.call(self.x)
+        assert any("multi_lora" in name for name in mode.seen)
+        assert self.kernel_calls == 0
+
+    def test_subclass(self):
+        class Mine(torch.Tensor):
+            pass
+
+        got = self.call(self.x.as_subclass(Mine))
+        assert type(got) is Mine
+        assert self.kernel_calls == 0
+
+    def test_grad(self):
+        x = self.x.clone().requires_grad_()
+        assert self.call(x).requires_grad
+        assert self.kernel_calls == 0
+        with torch.no_grad():
+            assert not self.call(x).requires_grad
+        assert self.kernel_calls == 1
+
+    def test_functorch(self):
+        got = torch.func.grad(lambda x: self.call(x).square().sum())(self.x)
+        x = self.x.clone().requires_grad_()
+        (want,) = torch.autograd.grad(self.call(x).square().sum(), x)
+        torch.testing.assert_close(got, want)
+        assert self.kernel_calls == 0
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's word on its own per-sample fallback
+    def test_vmap(self):
+        batch = torch.stack([self.x, 2 * self.x])
+        got = torch.func.vmap(self.call)(batch)
+        torch.testing.assert_close(got, torch.stack([self.want, 2 * self.want]))
+        assert self.kernel_calls == 0
+
+    def test_forward_mode_ad(self):
+        """The op is linear in x and in the weights, so its jvp is itself."""
+        tangent = torch.randn_like(self.x)
+        _, got = torch.func.jvp(self.call, (self.x,), (tangent,))
+        torch.testing.assert_close(got, self.call(tangent))
+        rows, slots = torch.tensor([p[0] for p in PAIRS]), torch.tensor([p[1] % 2 for p in PAIRS])
+
+        def of_weights(w: torch.Tensor) -> torch.Tensor:
+            return multi_lora(self.x, self.pool, Routing.from_pairs(rows, slots, w, 4, 2))
+
+        weights, tangent = torch.randn(4), torch.randn(4)
+        self.kernel_calls = 0
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(weights, tangent)
+            got = torch.autograd.forward_ad.unpack_dual(of_weights(dual)).tangent
+        assert self.kernel_calls == 0
+        torch.testing.assert_close(got, of_weights(tangent))
+
+    def test_autocast_follows_linear(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = self.call(self.x)
+            assert got.dtype == torch.nn.functional.linear(self.x, torch.randn(12, 20)).dtype == torch.bfloat16
+        assert self.kernel_calls == 0
+        torch.testing.assert_close(got.float(), self.want, rtol=0.05, atol=0.05)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # still used, and still traced right
+    def test_jit_trace(self):
+        traced = torch.jit.trace(self.call, (self.x,), check_trace=False)
+        assert "lora_fuse::multi_lora" in str(traced.graph)
+
+
+class TestBadInput:
+    """Every index and shape is checked before any memory is touched; out stays as it was."""
+
+    @pytest.fixture(autouse=True)
+    def _setup(self):
+        self.pool = make_pool(3, 4, 20, 12, torch.float32)
+        self.x, self.out = torch.randn(5, 20), torch.randn(5, 12)
+        self.routing = routing_of(PAIRS, 5, 3)
+        self.before = self.out.clone()
+
+    def refuse(self, match, **changes):
+        parts = dict(
+            zip(
+                (
+                    "x",
+                    "pool_a",
+                    "pool_b",
+                    "slot_rank",
+                    "slot_scaling",
+                    "rows",
+                    "weights",
+                    "segment_starts",
+                    "row_starts",
+                    "row_pairs",
+                ),
+                (self.x, *args_of(self.pool, self.routing)),
+                strict=True,
+            )
+        )
+        out = changes.pop("out", self.out)
+        with pytest.raises((ValueError, TypeError), match=match):
+            OPS.multi_lora_(out, *(parts | changes).values())
+        assert torch.equal(self.out, self.before)
+
+    @pytest.mark.parametrize("value", [-1, 5, 2**31 - 1, -(2**31)])
+    def test_rows_out_of_range(self, value):
+        rows = self.routing.rows.clone()
+        rows[1] = value
+        self.refuse("rows: value", rows=rows)
+
+    @pytest.mark.parametrize("value", [-1, 4, 2**31 - 1])
+    def test_row_pairs_out_of_range(self, value):
+        pairs = self.routing.row_pairs.clone()
+        pairs[0] = value
+        self.refuse("row_pairs: value", row_pairs=pairs)
+
+    @pytest.mark.parametrize("value", [-1, 5, 2**30])
+    def test_rank_beyond_the_pool(self, value):
+        ranks = self.pool.slot_rank.clone()
+        ranks[2] = value
+        self.refuse(f"slot_rank: slot 2 has rank {value}, accepted are 0 to 4", slot_rank=ranks)
+
+    @pytest.mark.parametrize("starts", [[0, 2, 1, 4], [0, 1, 3, 5], [1, 2, 3, 4], [0, -1, 3, 4], [0, 1, 4]], ids=str)
+    def test_segment_starts(self, starts):
+        self.refuse("segment_starts", segment_starts=torch.tensor(starts, dtype=torch.int32))
+
+    @pytest.mark.parametrize("starts", [[0, 2, 2, 3, 4], [0, 2, 2, 3, 4, 9], [0, 3, 2, 3, 4, 4]], ids=str)
+    def test_row_starts(self, starts):
+        self.refuse("row_starts", row_starts=torch.tensor(starts, dtype=torch.int32))
+
+    def test_dtypes(self):
+        self.refuse("rows: expected a contiguous int32", rows=self.routing.rows.long())
+        self.refuse("dtypes differ", pool_a=self.pool.pool_a.bfloat16())
+        self.refuse("dtypes differ", out=self.out.double())
+
+    def test_shapes(self):
+        self.refuse("x: has 19 features, pool_a has 20", x=self.x[:, :19])
+        self.refuse("out: has 11 features, pool_b has 12", out=self.out[:, :11])
+        self.refuse("different numbers of rows", x=self.x[:4])
+        self.refuse("no multiple of 3 slots", pool_a=self.pool.pool_a[:11], pool_b=self.pool.pool_b[:11])
+        self.refuse("11 and 12 rows|rows", pool_a=self.pool.pool_a[:11])
+        self.refuse("give both or neither", row_pairs=None)
+
+    def test_memory(self):
+        self.refuse("out: expected unit stride", out=torch.zeros(12, 5).t())
+        self.refuse("out: expected unit stride", out=torch.zeros(12).expand(5, 12))
+        square = make_pool(3, 4, 12, 12, torch.float32)
+        x = torch.randn(5, 12)
+        with pytest.raises(ValueError, match="x, out: share memory"):
+            multi_lora(x, square, self.routing, out=x)
+        with pytest.raises(ValueError, match="out: shares memory with a pool"):
+            multi_lora(x, square, self.routing, out=square.pool_b[:5])
+
+    def test_routing_builders(self):
+        with pytest.raises(ValueError, match=r"slots: row 2 asks for slot 3, accepted are -1 \(base\) to 2"):
+            Routing.from_slots(torch.tensor([0, -1, 3]), 3)
+        with pytest.raises(ValueError, match="slots: row 1 asks for slot -2"):
+            Routing.from_slots(torch.tensor([0, -2]), 3)
+        with pytest.raises(ValueError, match="rows: values must be in"):
+            Routing.from_pairs(torch.tensor([5]), torch.tensor([0]), None, 5, 3)
+        with pytest.raises(ValueError, match="one length"):
+            Routing.from_pairs(torch.tensor([1, 2]), torch.tensor([0]), None, 5, 3)
