@@ -12,9 +12,7 @@ import argparse
 import itertools
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.rivals import RIVALS, Plan
+from benchmarks.timing import interleaved_us
 from lora_fuse import _cpu, reference
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
@@ -118,17 +117,9 @@ class Case:
         return errors
 
     def time_us(self, budget_s: float) -> dict[str, float]:
-        """Medians; one call of every variant in turn, until the budget is spent (five rounds at least)."""
-        timed = self.variants | self.whole
-        times: dict[str, list[int]] = {n: [] for n in timed}
-        deadline, i = time.perf_counter() + budget_s, 0
-        while i < 5 or (time.perf_counter() < deadline and i < 400):
-            for name, fn in timed.items():
-                start = time.perf_counter_ns()
-                fn(i % self.sets)
-                times[name].append(time.perf_counter_ns() - start)
-            i += 1
-        return {n: median(t[1:]) / 1e3 for n, t in times.items()}
+        """Medians over calls that walk through the factor sets."""
+        timed = {n: lambda i, fn=fn: fn(i % self.sets) for n, fn in (self.variants | self.whole).items()}
+        return interleaved_us(timed, budget_s)
 
 
 def geomean(values: list[float]) -> float:
