@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
 from lora_fuse.nn import heads
-from lora_fuse.nn.targets import Fit, Target, target_of
+from lora_fuse.nn.targets import Fit, Target, pool_dtype, target_of
 
 _LISTED = 10
 
@@ -79,6 +79,7 @@ def plan(
                 continue
             if layer.rank > max_rank:
                 raise ValueError(f"adapter {name!r}: {path} has rank {layer.rank}, which exceeds max_rank {max_rank}")
+            _refuse_overflow(name, path, layer, modules[path])
             fitted.layers[home] = layer
         for path, tensors in adapter.modules_to_save.items():
             module = modules.get(path)
@@ -158,6 +159,16 @@ def _misfit(layer: LoraLayer, kind: LayerKind, weight_shape: tuple[int, ...]) ->
     if layer.lora_bias is not None and kind == "embedding":
         return "an embedding has no lora_bias"
     return None
+
+
+def _refuse_overflow(name: str, path: str, layer: LoraLayer, module: nn.Module) -> None:
+    """Factors are stored in the weight's dtype; half precision may be too narrow for them."""
+    dtype = pool_dtype(module, torch.float32)
+    if dtype is not torch.float16:
+        return
+    largest = max(float(t.abs().max()) if t.numel() else 0.0 for t in layer.tensors())
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(f"adapter {name!r}: {path} has a factor of {largest:g}, float16 ends at 65504")
 
 
 def _refuse_overlaps(layers: list[str], head_paths: list[str]) -> None:

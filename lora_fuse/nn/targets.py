@@ -52,7 +52,7 @@ class Target:
             sizes = (self.weight_shape[0], self.weight_shape[1])
         else:
             sizes = (self.weight_shape[1], self.weight_shape[0])
-        return self.pool(num_slots, max_rank, *sizes, dtype=_dtype(module, fallback), device=_device(module))
+        return self.pool(num_slots, max_rank, *sizes, dtype=pool_dtype(module, fallback), device=_device(module))
 
 
 def target_of(module: nn.Module, path: str, parent: nn.Module | None) -> Target | str:
@@ -117,7 +117,8 @@ def _first_tensor(module: nn.Module) -> Tensor | None:
     return next((*module.parameters(recurse=False), *module.buffers(recurse=False)).__iter__(), None)
 
 
-def _dtype(module: nn.Module, fallback: torch.dtype) -> torch.dtype:
+def pool_dtype(module: nn.Module, fallback: torch.dtype) -> torch.dtype:
+    """The dtype in which a module computes; ``fallback`` where nothing tells it."""
     weight = _first_tensor(module)
     if weight is not None and weight.dtype in _FLOATS and not weight.is_quantized:
         return weight.dtype

@@ -51,7 +51,10 @@ def adapted_copy(model: nn.Module, adapters: Mapping[str, LoraAdapter], entry: A
                 delta = layer.product()
                 if type(module).__name__ == "Conv1D":
                     delta = delta.t()
-                module.weight += weight * delta.to(module.weight.dtype)
+                # A new parameter: one shared with another module (a tied lm_head) stays the other's.
+                module.weight = nn.Parameter(
+                    module.weight + weight * delta.to(module.weight.dtype), requires_grad=False
+                )
                 if layer.lora_bias is not None:
                     module.bias += weight * layer.scaling * layer.lora_bias
     return merged
