@@ -13,7 +13,7 @@ from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.nn import bypass, generate, heads
 from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
 from lora_fuse.nn.linear import AdaptedModule
-from lora_fuse.nn.plan import Plan, plan
+from lora_fuse.nn.plan import Fitted, Plan, plan
 from lora_fuse.nn.serving import Serving
 
 _WAIT_SECONDS = 5.0
@@ -84,9 +84,10 @@ def attach(
         planned = plan(model, loaded, {}, {}, max_rank)
         leases = {name: serving.allocator.acquire(0) for name in loaded}
         pools = _new_pools(planned, attachment)
-        copies = heads.new_sites(planned, model)
+        copies = heads.new_sites(planned)
+        heads_of = {path: module for path, (module, _) in planned.new_heads.items()}
         for name, adapter in loaded.items():
-            _fill(planned.adapters[name], pools, copies, leases[name].index)
+            _fill(planned.adapters[name], pools, copies, heads_of, leases[name].index)
             attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
     # From here on nothing can fail.
     _install(model, planned, attachment, pools, copies)
@@ -106,7 +107,13 @@ def _new_pools(planned: Plan, attachment: Attachment) -> dict[str, AdapterPool]:
     }
 
 
-def _fill(fitted: Any, pools: Mapping[str, AdapterPool], copies: Mapping[str, heads.HeadCopies], slot: int) -> None:
+def _fill(
+    fitted: Fitted,
+    pools: Mapping[str, AdapterPool],
+    copies: Mapping[str, heads.HeadCopies],
+    heads_of: Mapping[str, nn.Module],
+    slot: int,
+) -> None:
     """Write one adapter into a slot of every pool; layers that it does not adapt get an empty slot."""
     for path, pool in pools.items():
         layer = fitted.layers.get(path)
@@ -116,7 +123,7 @@ def _fill(fitted: Any, pools: Mapping[str, AdapterPool], copies: Mapping[str, he
             a, b = layer.lora_a, layer.lora_b
             pool.write(slot, a.detach().flatten(1), b.detach().flatten(1), layer.scaling, layer.lora_bias)
     for path, site in copies.items():
-        site.put(slot, fitted.heads.get(path))
+        site.put(slot, fitted.heads.get(path), heads_of[path])
 
 
 def _describe(adapter: LoraAdapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
@@ -253,10 +260,11 @@ def _put(
         planned = plan(model, loaded, attachment.layers, widths, serving.max_rank)  # type: ignore[arg-type]
         lease = serving.allocator.acquire(timeout)
         pools = _new_pools(planned, attachment)
-        copies = heads.new_sites(planned, model)
+        copies = heads.new_sites(planned)
+        heads_of = {**attachment.heads, **{path: module for path, (module, _) in planned.new_heads.items()}}
         old_pools = {path: module.lora_pool for path, module in attachment.layers.items()}
         old_copies = {path: module.lora_heads for path, module in attachment.heads.items()}
-        _fill(planned.adapters[name], {**old_pools, **pools}, {**old_copies, **copies}, lease.index)
+        _fill(planned.adapters[name], {**old_pools, **pools}, {**old_copies, **copies}, heads_of, lease.index)
     _install(model, planned, attachment, pools, copies)
     info = _describe(loaded[name], planned, name, lease.index)
     attachment.info = {**attachment.info, name: info}

@@ -34,7 +34,7 @@ class HeadCopies(nn.Module):
 
     def __init__(self, template: nn.Module) -> None:
         super().__init__()
-        self.__dict__["template"] = template  # its own parameters are the base module's: no memory
+        self.__dict__["template"] = template
         self._set({})
 
     copies: dict[int, nn.Module]
@@ -54,11 +54,11 @@ class HeadCopies(nn.Module):
         super().__setstate__({key: value for key, value in state.items() if key != "site"})
         self._set(self.copies)
 
-    def put(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
-        """Build the copy of one slot, or leave the slot without."""
+    def put(self, slot: int, tensors: Mapping[str, Tensor] | None, module: nn.Module) -> None:
+        """Build the copy of one slot, as ``module`` is now but with these tensors, or leave the slot without."""
         copies = {s: module for s, module in self.copies.items() if s != slot}
         if tensors is not None:
-            copies[slot] = _with_tensors(self.template, tensors).train(self.training)
+            copies[slot] = _with_tensors(self.template, tensors, module.state_dict()).train(self.training)
         self._set(copies)
 
     def keep(self, slots: Iterable[int]) -> None:
@@ -66,7 +66,7 @@ class HeadCopies(nn.Module):
         self._set({s: self.copies[s] for s in set(slots) & set(self.copies)})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for module in self.copies.values():
+        for module in (self.template, *self.copies.values()):
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
@@ -278,34 +278,31 @@ def head_class(module: nn.Module) -> type[nn.Module]:
     return wrapped_class(MultiHead, type(module))
 
 
-def new_sites(planned: Plan, model: nn.Module) -> dict[str, HeadCopies]:
+def new_sites(planned: Plan) -> dict[str, HeadCopies]:
     """Empty copies for the modules that get heads for the first time."""
     return {path: HeadCopies(_template(module)) for path, (module, _) in planned.new_heads.items()}
 
 
 def _template(module: nn.Module) -> nn.Module:
-    """The module's structure on its own parameters (shared, not copied)."""
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    template = copy.deepcopy(module, memo)
+    """The module's structure and buffers, with no parameter set."""
+    template = copy.deepcopy(module, {id(t): None for t in module.parameters()})
     template.__dict__.pop("forward", None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         template.__dict__[hooks].clear()  # they run once, on the module itself
     return template
 
 
-def _with_tensors(template: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {id(t): t for t in (*template.parameters(), *template.buffers())}
-    module = copy.deepcopy(template, memo)
+def _with_tensors(template: nn.Module, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the template that holds these tensors, in the dtype and on the device of ``like``'s."""
+    module = copy.deepcopy(template)
     for name, tensor in tensors.items():
         owner_path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_path)
-        old = owner._parameters.get(leaf)
-        like = old if old is not None else cast(Tensor, owner._buffers[leaf])
-        new = torch.empty(tensor.shape, dtype=like.dtype, device=like.device).copy_(tensor.detach())
-        if old is None:
-            owner._buffers[leaf] = new
-        else:
+        new = torch.empty(tensor.shape, dtype=like[name].dtype, device=like[name].device).copy_(tensor.detach())
+        if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        else:
+            owner._buffers[leaf] = new
         if leaf == "weight" and isinstance(owner, nn.Linear):
             owner.out_features = int(tensor.shape[0])
     return module

@@ -206,6 +206,9 @@ def test_heads_follow_the_module() -> None:
         lf.remove_adapter(twin, "three")
         assert torch.equal(model(x), want)
     assert model.double()(x.double()).dtype is torch.float64
+    lf.swap_adapter(model, "three", adapters["two"])  # a copy made after the move
+    lf.set_adapters(model, ["three", "five", None])
+    torch.testing.assert_close(model(x.double())[0, :2].float(), alone(bare, adapters, "two", x[:1])[0])
     copies = model.head.lora_heads.copies.values()
     model.train()
     assert all(c.drop.training for c in copies)
