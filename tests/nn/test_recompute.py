@@ -108,21 +108,30 @@ def test_after_a_backward_the_current_selection_counts_again() -> None:
         lf.swap_adapter(model, "a", adapters["a"], timeout=0.05)
 
 
-def test_a_selection_entered_inside_a_backward_counts() -> None:
-    bare = Deep(None).requires_grad_(False)
+def test_a_selection_entered_inside_a_backward_counts_until_it_is_left() -> None:
+    bare = Deep(False).requires_grad_(False)
     adapters = {n: adapter(bare, PATHS, 3) for n in "ab"}
     model = lf.attach(copy.deepcopy(bare), adapters)
-    x, seen = torch.randn(2, 12, requires_grad=True), {}
+    x, weight, seen = torch.randn(2, 12, requires_grad=True), torch.randn(2, 12), []
 
-    def hook(grad: Tensor) -> None:
+    def inside(grad: Tensor) -> None:
         with lf.use_adapters(model, "b"), torch.no_grad():
-            seen["y"] = model(x)
+            seen.append(model(x.detach()))
 
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(inside)
+
+    model.blocks[1].register_forward_hook(watch)
     with lf.use_adapters(model, ["a", None]):
         y = model(x)
-        y.register_hook(hook)
-    y.sum().backward()
-    torch.testing.assert_close(seen["y"], adapted_copy(bare, adapters, "b")(x).detach(), rtol=1e-5, atol=1e-5)
+    with lf.use_adapters(model, None):
+        (y * weight).sum().backward()  # block 1 is recomputed, the hook runs, then block 0 is recomputed
+    assert seen
+    want = adapted_copy(bare, adapters, "b")(x.detach())
+    for out in seen:
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, expected(bare, adapters, ["a", None], x, weight), rtol=1e-4, atol=1e-5)
 
 
 def test_a_failed_backward_leaves_nothing_behind() -> None:
