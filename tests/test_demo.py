@@ -271,3 +271,16 @@ def test_whole_demo_on_minilm(tmp_path, capsys):
     for request, score in zip(requests, scores, strict=True):
         recorded = request.task.recorded["slice"]["head_only" if request.adapter is None else "lora"]
         assert abs(score - recorded) * len(request.task.rows) < 1.5, request.task.name  # one near tie may flip
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 6, 7])
+def test_task_sets_are_balanced(number):
+    for size in (2, 3):
+        if number < size:
+            continue
+        sets = accuracy.task_sets(range(number), size)
+        uses = [sum(task in members for members in sets) for task in range(number)]
+        assert len(set(map(frozenset, sets))) == len(sets)
+        assert all(len(set(members)) == size for members in sets)
+        assert len(set(uses)) == 1
+        assert size == 2 or len(sets) <= accuracy.MOST_SETS

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BATCH = 64
 PERU_RANKS = (4, 2, 1)
+MOST_SETS = 15
 
 
 class Request(NamedTuple):
@@ -67,7 +68,7 @@ def evaluate(
     Args:
         encoder: bare encoder, left as it is.
         tasks: at least two.
-        largest_merge: subsets of 2 up to this many tasks are merged, every subset; all of them at once always.
+        largest_merge: 2 or 3; sets of up to this many tasks are merged (``task_sets``), and all of them at once.
         advance: called with (stage, rows done, rows in all) as rows are served.
     """
     import lora_fuse as lf
@@ -88,7 +89,7 @@ def evaluate(
         settings.append(_setting(stage, tasks, scores, sum(map(_fp16_bytes, small.values()))))
     for size in sorted({*range(2, largest_merge + 1), n}):
         merged, requests = {}, []
-        for members in itertools.combinations(tasks, size):
+        for members in task_sets(tasks, size):
             name = "+".join(t.name for t in members)
             merged[name] = lf.merge([adapters[t.name] for t in members], method="uniform")
             requests += [Request(t, name, t.head) for t in members]
@@ -98,6 +99,15 @@ def evaluate(
         summary = {name: Score(statistics.fmean(s), min(s), max(s)) for name, s in by_task.items()}
         settings.append(Setting(stage, summary, _fp16_bytes(merged[name]) if size == n else None))
     return settings
+
+
+def task_sets(tasks: Sequence[Task], size: int) -> list[tuple[Task, ...]]:
+    """Every set of ``size`` tasks; threes above ``MOST_SETS`` are thinned to as many as tasks, each task in three."""
+    every = list(itertools.combinations(tasks, size))
+    if size != 3 or len(every) <= MOST_SETS:
+        return every
+    # 0, 1, 3 has the differences 1, 2 and 3, so turning it around the circle meets near and far pairs alike.
+    return [tuple(tasks[(start + step) % len(tasks)] for step in (0, 1, 3)) for start in range(len(tasks))]
 
 
 def _setting(label: str, tasks: Sequence[Task], scores: Sequence[float], nbytes: int) -> Setting:
