@@ -71,8 +71,10 @@ def peft_layer(lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[nn.Modul
 
     class Given(nn.Linear):
         def __init__(self) -> None:
-            super().__init__(in_features, out_features, bias=False, dtype=lora_a.dtype)
-            self.out = torch.empty(0)
+            super().__init__(1, 1, bias=False)
+            self.in_features, self.out_features, self.out = in_features, out_features, torch.empty(0)
+            one = torch.zeros(1, 1, dtype=lora_a.dtype)  # never read: forward hands out what it was given
+            self.weight = nn.Parameter(one.expand(out_features, in_features), requires_grad=False)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.out

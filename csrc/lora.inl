@@ -123,12 +123,17 @@ void shrink(const T* const* x, int m, int64_t k, const T* a, int64_t lda, int ra
 
 // ---- expand ----
 
-// y[i][n0 ..] += h[i] b over EXPAND_STEPS steps of columns
+// y[i][n0 ..] += h[i] b over STEPS steps of columns. The first rows to come by fetch the strip of b after this one, whose
+// lines lie a row apart, where no hardware prefetcher looks for them.
 template <int M, int STEPS, class T>
-void expand_tile(const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0) {
+void expand_tile(const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, bool fetch) {
   vf acc[M][2 * STEPS] = {};
   const T* br = b + n0;
+  const int64_t ahead = fetch ? STEPS * STEP : 0;
   for (int r = 0; r < rank; ++r, br += ldb) {
+    if (ahead)
+      for (int line = 0; line < STEPS * STEP * int(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(br + ahead) + line);
     vf bv[2 * STEPS];
     for (int s = 0; s < STEPS; ++s) {
       bv[2 * s] = Elem<T>::template load<0>(br + s * STEP);
@@ -167,10 +172,10 @@ void expand_tail(const float* h, int64_t ldh, int m, int rank, const T* b, int64
 }
 
 template <int M, int STEPS, class T>
-void expand_rows(int m, const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0) {
+void expand_rows(int m, const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, bool fetch) {
   if constexpr (M > 1)
-    if (m < M) return expand_rows<M - 1, STEPS>(m, h, ldh, rank, b, ldb, y, n0);
-  expand_tile<M, STEPS>(h, ldh, rank, b, ldb, y, n0);
+    if (m < M) return expand_rows<M - 1, STEPS>(m, h, ldh, rank, b, ldb, y, n0, fetch);
+  expand_tile<M, STEPS>(h, ldh, rank, b, ldb, y, n0, fetch);
 }
 
 // One or two rows: walk whole rank rows four at a time, the sums waiting in L1. The order of each sum is that of the tiles.
@@ -218,9 +223,11 @@ void expand_block(const float* h, int64_t ldh, int m, int rank, const T* b, int6
   } else {
     for (; n + EXPAND_STEPS * STEP <= n1; n += EXPAND_STEPS * STEP)
       for (int i = 0; i < m; i += MR)
-        expand_rows<MR, EXPAND_STEPS>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n);
+        expand_rows<MR, EXPAND_STEPS>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n,
+                                      i == 0 && n + EXPAND_STEPS * STEP < n1);
     for (; n + STEP <= n1; n += STEP)
-      for (int i = 0; i < m; i += MR) expand_rows<MR, 1>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n);
+      for (int i = 0; i < m; i += MR)
+        expand_rows<MR, 1>(m - i < MR ? m - i : MR, h + i * ldh, ldh, rank, b, ldb, y + i, n, false);
   }
   if (n < n1) expand_tail(h, ldh, m, rank, b, ldb, y, n, n1);
 }
