@@ -58,13 +58,21 @@ struct Dot<bf16> {
 };
 #endif
 
-// h[i * ldh + j] (+)= dot over [k0, k1) of x[i] and rank row j of a.
+// h[i * ldh + j] (+)= dot over [k0, k1) of x[i] and rank row j of a. With `fetch`, the N rank rows after these are asked for.
 template <int M, int N, class T>
-void dot_tile(const T* const* x, const T* a, int64_t lda, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add) {
+void dot_tile(const T* const* x, const T* a, int64_t lda, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add, bool fetch) {
   vf acc[M][N] = {};
   const T* ar[N];
   for (int j = 0; j < N; ++j) ar[j] = a + j * lda;
   int64_t k = k0;
+  if (fetch) {
+    for (; k + STEP <= k1; k += STEP) {
+      for (int j = 0; j < N; ++j)
+        for (int line = 0; line < STEP * int(sizeof(T)); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(ar[j] + N * lda + k) + line);
+      Dot<T>::step(acc, x, ar, k);
+    }
+  }
   for (; k + STEP <= k1; k += STEP) Dot<T>::step(acc, x, ar, k);
   if (k < k1) {  // the last partial step, padded with zeros
     T xt[M][STEP] = {}, at[N][STEP] = {};
@@ -87,21 +95,23 @@ void dot_tile(const T* const* x, const T* a, int64_t lda, int64_t k0, int64_t k1
 }
 
 template <int M, class T>
-void dot_rows(const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add) {
+void dot_rows(const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add,
+              bool fetch) {
   int j = 0;
   if constexpr (M == 1)
-    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add);
-  for (; j + NR <= rank; j += NR) dot_tile<M, NR>(x, a + j * lda, lda, k0, k1, h + j, ldh, add);
-  for (; j < rank; ++j) dot_tile<M, 1>(x, a + j * lda, lda, k0, k1, h + j, ldh, add);
+    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, false);
+  for (; j + NR <= rank; j += NR)
+    dot_tile<M, NR>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, fetch && j + 2 * NR <= rank);
+  for (; j < rank; ++j) dot_tile<M, 1>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, false);
 }
 
 // As many rows as are left, MR at most.
 template <int M, class T>
 void dot_rows_at_most(int m, const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h,
-                      int64_t ldh, bool add) {
+                      int64_t ldh, bool add, bool fetch) {
   if constexpr (M > 1)
-    if (m < M) return dot_rows_at_most<M - 1>(m, x, a, lda, rank, k0, k1, h, ldh, add);
-  dot_rows<M>(x, a, lda, rank, k0, k1, h, ldh, add);
+    if (m < M) return dot_rows_at_most<M - 1>(m, x, a, lda, rank, k0, k1, h, ldh, add, fetch);
+  dot_rows<M>(x, a, lda, rank, k0, k1, h, ldh, add, fetch);
 }
 
 // h [m, rank] = x [m, k] a^T [k, rank]
@@ -109,7 +119,7 @@ template <class T>
 void shrink(const T* const* x, int m, int64_t k, const T* a, int64_t lda, int rank, float* h, int64_t ldh) {
   const auto cut = [&](int i, int j, int n, int64_t k0) {
     dot_rows_at_most<MR>(m - i < MR ? m - i : MR, x + i, a + j * lda, lda, n, k0, k0 + K_BLOCK < k ? k0 + K_BLOCK : k,
-                         h + i * ldh + j, ldh, k0 > 0);
+                         h + i * ldh + j, ldh, k0 > 0, i == 0);
   };
   if (m <= MR) {  // one tile of rows: stream the rank rows, a few at a time, from end to end
     const int n = m == 1 ? 8 : NR;
