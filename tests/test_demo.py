@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import math
 import subprocess
@@ -247,6 +248,20 @@ def test_fetch_refuses(wheel, tmp_path, change, message):
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
+def test_accuracy_table_fits_eighty_columns(some_tasks):
+    from rich.console import Console
+
+    labels = ["head only", "alone", *(f"PERU-LoRA rank {r}" for r in (4, 2, 1)), "2 merged", "3 merged", "6 merged"]
+    scores = {t.name: accuracy.Score(0.5, 0.5, 0.5) for t in some_tasks}
+    console = Console(width=80, record=True, file=io.StringIO())
+    demo._print_accuracy(console, some_tasks, [accuracy.Setting(label, scores, 3_980_000) for label in labels])
+    shown = console.export_text()
+    for task in some_tasks:
+        row = next(line for line in shown.splitlines() if line.split()[:1] == [task.name])
+        assert row.split()[1:] == ["0.500"] * len(labels)
+    assert "…" not in shown
+
+
 @pytest.mark.slow
 def test_whole_demo_on_minilm(tmp_path, capsys):
     from lora_fuse.demo.model import load_encoder, load_tokenizer
@@ -257,7 +272,8 @@ def test_whole_demo_on_minilm(tmp_path, capsys):
     except RuntimeError as error:
         pytest.skip(f"MiniLM is neither cached nor downloadable: {error}")
     demo.run(tmp_path, data=cache, quick=True)
-    assert "largest difference" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "largest difference" in shown
     assert (tmp_path / "demo.png").stat().st_size > 20_000
     figures = json.loads((tmp_path / "demo.json").read_text())
     assert max(figures["largest_difference_from_peft"].values()) < 1e-4

@@ -148,8 +148,9 @@ def _print_accuracy(console: Console, tasks: Sequence[Task], settings: Sequence[
     table = Table(
         box=SIMPLE_HEAD,
         title=f"\nAccuracy, {max(len(task.rows) for task in tasks)} held-out examples a task",
-        caption="merged: uniform, each task under its own head; for 2 and 3 the mean over several sets.\n"
-        "MB: low-rank factors of all tasks in fp16, heads aside",
+        caption="merged: uniform, each task under its own head (2, 3: mean over sets).\n"
+        "MB: low-rank factors of all tasks in fp16, heads aside.",
+        padding=0,  # nine columns in eighty characters
     )
     table.add_column("task", no_wrap=True)
     for setting in settings:
