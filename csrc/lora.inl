@@ -21,6 +21,10 @@ constexpr int EXPAND_ROWS = 8 * MR;         // rows that expand takes across all
 constexpr int AXPY_ROWS = 2;                // up to so many rows, expand streams whole rank rows
 constexpr int AXPY_STEPS = 512 / STEP;      // columns of fp32 sums per row held in L1 then
 
+// One row streams whole rank rows. Of 16-bit ones, half as long, the hardware prefetcher misses more than it is worth: ask.
+template <class T>
+constexpr bool HALF_FETCH = sizeof(T) == 2;
+
 // ---- shrink ----
 
 template <class T>
@@ -94,24 +98,25 @@ void dot_tile(const T* const* x, const T* a, int64_t lda, int64_t k0, int64_t k1
     }
 }
 
+// `after`: rank rows from a's first on that are worth fetching ahead, 0 for none.
 template <int M, class T>
 void dot_rows(const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h, int64_t ldh, bool add,
-              bool fetch) {
+              int after) {
   int j = 0;
   if constexpr (M == 1)
-    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, false);
+    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, HALF_FETCH<T> && j + 16 <= after);
   for (; j + NR <= rank; j += NR)
-    dot_tile<M, NR>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, fetch && j + 2 * NR <= rank);
+    dot_tile<M, NR>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, j + 2 * NR <= after);
   for (; j < rank; ++j) dot_tile<M, 1>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, false);
 }
 
 // As many rows as are left, MR at most.
 template <int M, class T>
 void dot_rows_at_most(int m, const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, int64_t k1, float* h,
-                      int64_t ldh, bool add, bool fetch) {
+                      int64_t ldh, bool add, int after) {
   if constexpr (M > 1)
-    if (m < M) return dot_rows_at_most<M - 1>(m, x, a, lda, rank, k0, k1, h, ldh, add, fetch);
-  dot_rows<M>(x, a, lda, rank, k0, k1, h, ldh, add, fetch);
+    if (m < M) return dot_rows_at_most<M - 1>(m, x, a, lda, rank, k0, k1, h, ldh, add, after);
+  dot_rows<M>(x, a, lda, rank, k0, k1, h, ldh, add, after);
 }
 
 // h [m, rank] = x [m, k] a^T [k, rank]
@@ -119,7 +124,7 @@ template <class T>
 void shrink(const T* const* x, int m, int64_t k, const T* a, int64_t lda, int rank, float* h, int64_t ldh) {
   const auto cut = [&](int i, int j, int n, int64_t k0) {
     dot_rows_at_most<MR>(m - i < MR ? m - i : MR, x + i, a + j * lda, lda, n, k0, k0 + K_BLOCK < k ? k0 + K_BLOCK : k,
-                         h + i * ldh + j, ldh, k0 > 0, i == 0);
+                         h + i * ldh + j, ldh, k0 > 0, i == 0 ? rank - j : 0);
   };
   if (m <= MR) {  // one tile of rows: stream the rank rows, a few at a time, from end to end
     const int n = m == 1 ? 8 : NR;
@@ -199,8 +204,13 @@ void expand_axpy(const float* h, int rank, const T* b, int64_t ldb, T* y, int64_
     for (; r + 4 <= rank; r += 4) {
       const T* const p = b + r * ldb + n0;
       const vf h0 = splat(h[r]), h1 = splat(h[r + 1]), h2 = splat(h[r + 2]), h3 = splat(h[r + 3]);
+      const int64_t next = HALF_FETCH<T> && r + 8 <= rank ? 4 * ldb : 0;
       for (int s = 0; s < steps; ++s) {
         const T* const q = p + s * STEP;
+        if (next)
+          for (int i = 0; i < 4; ++i)
+            for (int line = 0; line < STEP * int(sizeof(T)); line += 64)
+              __builtin_prefetch(reinterpret_cast<const char*>(q + next + i * ldb) + line);
         vf e = acc[2 * s] + h0 * Elem<T>::template load<0>(q), o = acc[2 * s + 1] + h0 * Elem<T>::template load<1>(q);
         e += h1 * Elem<T>::template load<0>(q + ldb), o += h1 * Elem<T>::template load<1>(q + ldb);
         e += h2 * Elem<T>::template load<0>(q + 2 * ldb), o += h2 * Elem<T>::template load<1>(q + 2 * ldb);

@@ -74,6 +74,7 @@ inline void pack_a(const bf16* a, int64_t lda, int ranks, int64_t k, int steps, 
     for (int s = 0; s < steps; ++s) {
       const __mmask32 mask = first(k - s * 32);
       __m512i rows[16];
+      for (int i = 16; i < 32 && rt * 16 + i < ranks; ++i) __builtin_prefetch(a + (rt * 16 + i) * lda + s * 32);
       for (int i = 0; i < 16; ++i)
         rows[i] = rt * 16 + i < ranks ? _mm512_maskz_loadu_epi16(mask, a + (rt * 16 + i) * lda + s * 32) : __m512i{};
       transpose_pairs(rows, packed + (rt * steps + s) * 512);
@@ -148,12 +149,14 @@ inline void split_h(const float* h, int ldh, int m, int tiles, const float* fact
 // packed: tiles [32-column strip][rank tile][column half][16][32]; rows 8 .. 15 of a tile repeat rows 0 .. 7.
 // A strip's halves hold columns 0-3, 8-11, 16-19, 24-27 and the others: the order that unpacking 16-bit lanes gives.
 inline void pack_b(const bf16* b, int64_t ldb, int rank, int tiles, int64_t cols, bf16* packed) {
+  constexpr int AHEAD = 2;  // strips
   for (int c = 0; c * 32 < cols; ++c)
     for (int t = 0; t < tiles; ++t) {
       bf16* const dst = packed + (c * tiles + t) * 1024;
       const __mmask32 mask = first(cols - c * 32);
       for (int i = 0; i < 8; ++i) {
         const int r = t * 16 + 2 * i;
+        __builtin_prefetch(b + r * ldb + (c + AHEAD) * 32), __builtin_prefetch(b + (r + 1) * ldb + (c + AHEAD) * 32);
         const __m512i even = r < rank ? _mm512_maskz_loadu_epi16(mask, b + r * ldb + c * 32) : __m512i{};
         const __m512i odd = r + 1 < rank ? _mm512_maskz_loadu_epi16(mask, b + (r + 1) * ldb + c * 32) : __m512i{};
         const __m512i lo = _mm512_unpacklo_epi16(even, odd), hi = _mm512_unpackhi_epi16(even, odd);
