@@ -143,6 +143,9 @@ void shrink(const T* const* x, int m, int64_t k, const T* a, int64_t lda, int ra
 template <int M, int STEPS, class T>
 void expand_tile(const float* h, int64_t ldh, int rank, const T* b, int64_t ldb, T* const* y, int64_t n0, bool fetch) {
   vf acc[M][2 * STEPS] = {};
+  for (int i = 0; i < M; ++i)  // y may lie in another core's cache
+    for (int line = 0; line < STEPS * STEP * int(sizeof(T)); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(y[i] + n0) + line, 1);
   const T* br = b + n0;
   const int64_t ahead = fetch ? STEPS * STEP : 0;
   for (int r = 0; r < rank; ++r, br += ldb) {
@@ -316,19 +319,28 @@ struct Call {
   void features(float* h, int thread, int threads) const {
     const RoutingView& route = p.routing;
     const int64_t ldh = p.max_rank;
-    // shrink: units of (pair, 8 ranks), dealt out in runs
+    // shrink: units of (8 ranks, pair), rank by rank within a slot, dealt out in runs
     constexpr int UNIT = 8;
+    const auto tiles_of = [&](int s) { return (rank(s) + UNIT - 1) / UNIT; };
     int64_t total = 0;
-    for (int s = 0; s < route.num_slots; ++s) total += int64_t(route.starts[s + 1] - route.starts[s]) * ((rank(s) + UNIT - 1) / UNIT);
-    const int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
-    int64_t seen = 0;
-    for (int s = 0; s < route.num_slots && seen < last; ++s) {
-      const int m = route.starts[s + 1] - route.starts[s], tiles = (rank(s) + UNIT - 1) / UNIT;
-      for (int t = 0; t < tiles; ++t, seen += m) {  // pairs [first - seen, last - seen) of this tile are ours
-        const int lo = first > seen ? int(first - seen < m ? first - seen : m) : 0;
-        const int hi = last - seen < m ? int(last - seen > 0 ? last - seen : 0) : m;
-        if (lo < hi) shrink_pairs(s, route.starts[s] + lo, route.starts[s] + hi, t * UNIT, h, ldh, UNIT);
+    for (int s = 0; s < route.num_slots; ++s) total += int64_t(route.starts[s + 1] - route.starts[s]) * tiles_of(s);
+    int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
+    for (int s = 0; s < route.num_slots && last > 0; ++s) {
+      const int64_t m = route.starts[s + 1] - route.starts[s], units = m * tiles_of(s);
+      const int64_t end = last < units ? last : units;
+      for (int64_t u = first > 0 ? first : 0; u < end;) {
+        const int pair = int(u % m), r0 = int(u / m) * UNIT, begin = route.starts[s] + pair;
+        if (pair == 0 && end - u >= m) {  // whole tiles: all pairs at once
+          const int64_t whole = (end - u) / m;
+          shrink_pairs(s, begin, begin + int(m), r0, int(whole) * UNIT, h, ldh);
+          u += whole * m;
+        } else {
+          const int64_t n = end - u < m - pair ? end - u : m - pair;
+          shrink_pairs(s, begin, begin + int(n), r0, UNIT, h, ldh);
+          u += n;
+        }
       }
+      first -= units, last -= units;
     }
     if (threads > 1) team_barrier();
     const int64_t steps = (p.y.cols + STEP - 1) / STEP;
@@ -336,9 +348,10 @@ struct Call {
     expand_columns(h, ldh, n0, n1 < p.y.cols ? n1 : p.y.cols);
   }
 
-  void shrink_pairs(int slot, int begin, int end, int r0, float* h, int64_t ldh, int unit) const {
+  // Ranks [r0, r0 + n) of pairs [begin, end) of one slot.
+  void shrink_pairs(int slot, int begin, int end, int r0, int n, float* h, int64_t ldh) const {
     const T* x[MAX_BLOCK_ROWS];
-    const int n = rank(slot) - r0 < unit ? rank(slot) - r0 : unit;
+    if (n > rank(slot) - r0) n = rank(slot) - r0;
     for (int q = begin; q < end; q += MAX_BLOCK_ROWS) {
       const int m = end - q < MAX_BLOCK_ROWS ? end - q : MAX_BLOCK_ROWS;
       for (int i = 0; i < m; ++i) x[i] = p.x.row(p.routing.rows[q + i]);
@@ -431,13 +444,24 @@ void multi_lora(const MultiLora<T>& p) {
   const int threads = work < PARALLEL_MIN_WORK ? 1 : p.threads;
 
   const bool mixed = route.row_starts != nullptr, fits = int64_t(route.num_pairs) * p.max_rank <= H_FLOATS;
-  if (!mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits)) {
+  bool by_rows = !mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits);
+#ifdef LF_AMX
+  if constexpr (Dot<T>::TILES) by_rows = by_rows && amx_one_slot(p, threads) < 0;
+#endif
+  if (by_rows) {
     parallel(threads, [&](int thread, int team) {
       call.rows(pair_at(p, ranks * thread / team), pair_at(p, ranks * (thread + 1) / team));
     });
     return;
   }
   alignas(64) float stack_h[H_FLOATS];
+#ifdef LF_AMX
+  if constexpr (Dot<T>::TILES)
+    if (const int slot = amx_one_slot(p, threads); slot >= 0) {
+      parallel(threads, [&](int thread, int team) { amx_shared(p, slot, stack_h, thread, team); });
+      return;
+    }
+#endif
   float* const h = fits ? stack_h : p.workspace;
   parallel(threads, [&](int thread, int team) { call.features(h, thread, team); });
 }

@@ -245,3 +245,43 @@ inline void amx_rows(const MultiLora<bf16>& p, int slot, int begin, int end) {
   }
   _tile_release();
 }
+
+// The slot, if all pairs are one slot's, as many as a tile pays for, and it has rank tiles for every thread: split by
+// rows, each thread would pack all of A and B. -1 otherwise.
+inline int amx_one_slot(const MultiLora<bf16>& p, int threads) {
+  const RoutingView& route = p.routing;
+  if (threads == 1 || route.row_starts || route.num_pairs < AMX_MIN_ROWS || route.num_pairs > AMX_BLOCK_ROWS) return -1;
+  int slot = 0;
+  while (route.starts[slot + 1] == 0) ++slot;
+  const int rank = p.slot_rank[slot];
+  const bool all = route.starts[slot + 1] == route.num_pairs;
+  return all && rank > 16 * (threads - 1) && rank <= AMX_MAX_RANK && round_up(route.num_pairs, 16) * round_up(rank, 16) <= H_FLOATS ? slot : -1;
+}
+
+// All pairs, one slot: the team shares the rank tiles of the shrink, then the columns of the expand, so that each part of
+// A and B is packed once. h: [rows padded to 16, rank padded to 16].
+inline void amx_shared(const MultiLora<bf16>& p, int slot, float* h, int thread, int threads) {
+  alignas(64) bf16 split[2 * H_FLOATS];
+  const bf16* x[AMX_BLOCK_ROWS];
+  bf16* y[AMX_BLOCK_ROWS];
+  float factor[AMX_BLOCK_ROWS] = {};
+  const int m = p.routing.num_pairs, mp = round_up(m, 16), rank = p.slot_rank[slot], ldh = round_up(rank, 16);
+  const int strips = int((p.y.cols + 31) / 32), n0 = strips * thread / threads * 32;
+  const int64_t n1 = strips * (thread + 1) / threads * 32 < p.y.cols ? strips * (thread + 1) / threads * 32 : p.y.cols;
+  for (int i = 0; i < m; ++i) {
+    const int row = p.routing.rows[i];
+    x[i] = p.x.row(row), y[i] = p.y.row(row) + n0;
+    factor[i] = p.routing.weights ? p.slot_scaling[slot] * p.routing.weights[i] : p.slot_scaling[slot];
+  }
+  const bf16 *a = p.a.row(int64_t(slot) * p.max_rank), *b = p.b.row(int64_t(slot) * p.max_rank);
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const int r0 = ldh / 16 * thread / threads * 16, r1 = ldh / 16 * (thread + 1) / threads * 16;
+  if (r0 < r1) amx_shrink(x, m, p.x.cols, a + r0 * p.a.stride, p.a.stride, (r1 < rank ? r1 : rank) - r0, h + r0, ldh);
+  team_barrier();
+  if (n0 < n1) {
+    split_h(h, ldh, mp, ldh / 16, factor, split);
+    amx_expand(split, m, mp, rank, b + n0, p.b.stride, y, n1 - n0);
+  }
+  _tile_release();
+}
