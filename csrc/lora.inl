@@ -21,9 +21,19 @@ constexpr int EXPAND_ROWS = 8 * MR;         // rows that expand takes across all
 constexpr int AXPY_ROWS = 2;                // up to so many rows, expand streams whole rank rows
 constexpr int AXPY_STEPS = 512 / STEP;      // columns of fp32 sums per row held in L1 then
 
-// One row streams whole rank rows. Of 16-bit ones, half as long, the hardware prefetcher misses more than it is worth: ask.
+// A few rows stream whole rank rows. Of short ones the hardware prefetcher sees too little: ask for the next in time.
 template <class T>
-constexpr bool HALF_FETCH = sizeof(T) == 2;
+bool short_rows(int64_t cols) {
+  return cols * int64_t(sizeof(T)) <= 8192;
+}
+
+// Asks for the beginnings of the first rows of a factor, 8 KB at most, before its turn comes.
+template <class T>
+void fetch_head(const T* p, int64_t ld, int rows, int64_t cols) {
+  const int64_t bytes = cols * int64_t(sizeof(T)) < 2048 ? cols * int64_t(sizeof(T)) : 2048;
+  for (int i = 0; i < rows && i < 4; ++i)
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(p + i * ld) + line);
+}
 
 // ---- shrink ----
 
@@ -104,7 +114,7 @@ void dot_rows(const T* const* x, const T* a, int64_t lda, int rank, int64_t k0, 
               int after) {
   int j = 0;
   if constexpr (M == 1)
-    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, HALF_FETCH<T> && j + 16 <= after);
+    for (; j + 8 <= rank; j += 8) dot_tile<1, 8>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, short_rows<T>(lda) && j + 16 <= after);
   for (; j + NR <= rank; j += NR)
     dot_tile<M, NR>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, j + 2 * NR <= after);
   for (; j < rank; ++j) dot_tile<M, 1>(x, a + j * lda, lda, k0, k1, h + j, ldh, add, false);
@@ -207,7 +217,7 @@ void expand_axpy(const float* h, int rank, const T* b, int64_t ldb, T* y, int64_
     for (; r + 4 <= rank; r += 4) {
       const T* const p = b + r * ldb + n0;
       const vf h0 = splat(h[r]), h1 = splat(h[r + 1]), h2 = splat(h[r + 2]), h3 = splat(h[r + 3]);
-      const int64_t next = HALF_FETCH<T> && r + 8 <= rank ? 4 * ldb : 0;
+      const int64_t next = short_rows<T>(ldb) && r + 8 <= rank ? 4 * ldb : 0;
       for (int s = 0; s < steps; ++s) {
         const T* const q = p + s * STEP;
         if (next)
@@ -304,7 +314,13 @@ struct Call {
           x[i] = p.x.row(p.routing.rows[begin + i]);
           y[i] = p.y.row(p.routing.rows[begin + i]);
         }
+        if (m <= MR) fetch_head(b(slot), p.b.stride, r, p.y.cols);
         shrink(x, m, p.x.cols, a(slot), p.a.stride, r, h, r);
+        if (m <= MR && stop < end) {
+          int next = slot + 1;
+          while (starts[next + 1] <= stop) ++next;
+          fetch_head(a(next), p.a.stride, rank(next), p.x.cols);
+        }
         for (int i = 0; i < m; ++i) {
           const float f = factor(begin + i, slot);
           for (int j = 0; j < r; ++j) h[i * r + j] *= f;
