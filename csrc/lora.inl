@@ -449,6 +449,26 @@ int pair_at(const MultiLora<T>& p, int64_t cost) {
   return p.routing.num_pairs;
 }
 
+// Whether whole rows can be dealt out so that each factor is read by one thread, mostly, and no thread waits for long:
+// several slots a thread, and shares of the ranks that differ by an eighth at most.
+template <class T>
+bool deals_out(const MultiLora<T>& p, int64_t ranks, int threads) {
+  const int32_t* const starts = p.routing.starts;
+  int slots = 0;
+  for (int s = 0; s < p.routing.num_slots; ++s) slots += starts[s + 1] > starts[s];
+  if (slots < 2 * threads) return false;
+  for (int t = 0; t < threads; ++t) {
+    const int begin = pair_at(p, ranks * t / threads), end = pair_at(p, ranks * (t + 1) / threads);
+    int64_t share = 0;
+    for (int s = 0; s < p.routing.num_slots; ++s) {
+      const int lo = starts[s] > begin ? starts[s] : begin, hi = starts[s + 1] < end ? starts[s + 1] : end;
+      if (lo < hi) share += int64_t(hi - lo) * p.slot_rank[s];
+    }
+    if (share * threads > ranks + ranks / 8) return false;
+  }
+  return true;
+}
+
 template <class T>
 void multi_lora(const MultiLora<T>& p) {
   const Call<T> call{p};
@@ -460,7 +480,7 @@ void multi_lora(const MultiLora<T>& p) {
   const int threads = work < PARALLEL_MIN_WORK ? 1 : p.threads;
 
   const bool mixed = route.row_starts != nullptr, fits = int64_t(route.num_pairs) * p.max_rank <= H_FLOATS;
-  bool by_rows = !mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits);
+  bool by_rows = !mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits || deals_out(p, ranks, threads));
 #ifdef LF_AMX
   if constexpr (Dot<T>::TILES) by_rows = by_rows && amx_one_slot(p, threads) < 0;
 #endif
