@@ -31,7 +31,7 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 bench: $(STAMP)
-	$(PY) -m benchmarks.bench_multi_lora
+	$(PY) -m benchmarks
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache lora_fuse/_cpu*.so

@@ -29,6 +29,8 @@ setup(
                 "csrc/parallel.h",
                 "csrc/dispatch.h",
                 "csrc/simd.inl",
+                "csrc/shrink.inl",
+                "csrc/expand.inl",
                 "csrc/lora.inl",
                 "csrc/lora_amx.inl",
             ],

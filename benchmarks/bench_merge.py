@@ -112,7 +112,8 @@ def excess(factors: Factors, exact: Tensor, optimal: float) -> float:
     return float((exact - b.double() @ a.double()).norm()) / optimal - 1.0
 
 
-def bench(size: int, repeats: int) -> None:
+def bench(size: int, repeats: int) -> list[dict[str, Any]]:
+    """Check, time, print; a row per way: name, seconds, ratio to ours, error over the optimum, largest buffer."""
     torch.manual_seed(0)
     adapters = make_adapters(size)
 
@@ -148,6 +149,8 @@ def bench(size: int, repeats: int) -> None:
         share = f"{numel / size**2:.3f} of W"
         print(f"{name:36} {seconds * 1e3:>9.1f} ms {seconds / median:>8.1f}x {over:>20.1e} {share:>16}")
     print(f"lora_fuse: median of {len(own)}, from {min(own) * 1e3:.1f} to {max(own) * 1e3:.1f} ms; the others: one run")
+    keys = ("name", "seconds", "ratio", "excess", "largest_buffer")
+    return [dict(zip(keys, (n, t, t / median, over, numel / size**2), strict=True)) for n, t, over, numel in rows]
 
 
 def main() -> None:

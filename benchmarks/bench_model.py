@@ -64,24 +64,32 @@ def variants(encoder: nn.Module, rows: int, tokens: int, adapters: int) -> tuple
     return runs, difference
 
 
+def run(seconds: float) -> list[dict[str, Any]]:
+    """Time every case; a row each, with milliseconds of the three."""
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore", FutureWarning)  # transformers' own
+    rows_out = []
+    encoder = load_encoder(cache_folder()).eval()
+    print(f"MiniLM-L6, rank {RANK} on {'/'.join(TARGETS)}, fp32, {torch.get_num_threads()} threads, medians")
+    print(f"{'rows x tokens, adapters':<26}{'bare':>12}{'PEFT mixed batch':>24}{'lora_fuse':>22}")
+    with torch.inference_mode():
+        for rows, tokens, adapters in CASES:
+            runs, _ = variants(encoder, rows, tokens, adapters)
+            us = interleaved_us(runs, seconds)
+            bare = us["bare model"]
+            peft, ours = (f"{us[n] / 1e3:.2f} ms ({us[n] / bare - 1:+.1%})" for n in ("PEFT mixed batch", "lora_fuse"))
+            print(f"{f'{rows} x {tokens}, {adapters}':<26}{bare / 1e3:>9.2f} ms{peft:>24}{ours:>22}", flush=True)
+            rows_out.append({"rows": rows, "tokens": tokens, "adapters": adapters, "us": us})
+    return rows_out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10, help="for each case")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers' own
-    encoder = load_encoder(cache_folder()).eval()
-    print(f"MiniLM-L6, rank {RANK} on {'/'.join(TARGETS)}, fp32, {args.threads} threads, medians of interleaved runs")
-    print(f"{'rows x tokens, adapters':<26}{'bare':>12}{'PEFT mixed batch':>24}{'lora_fuse':>22}")
-    with torch.inference_mode():
-        for rows, tokens, adapters in CASES:
-            runs, _ = variants(encoder, rows, tokens, adapters)
-            us = interleaved_us(runs, args.seconds)
-            bare = us["bare model"]
-            peft, ours = (f"{us[n] / 1e3:.2f} ms ({us[n] / bare - 1:+.1%})" for n in ("PEFT mixed batch", "lora_fuse"))
-            print(f"{f'{rows} x {tokens}, {adapters}':<26}{bare / 1e3:>9.2f} ms{peft:>24}{ours:>22}", flush=True)
+    run(args.seconds)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,10 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
   expect_vector(scaling, "slot_scaling", kFloat32, "float32", num_slots);
   if (num_slots == 0 ? ar.rows != 0 : ar.rows % num_slots != 0)
     fail("pool_a: " + std::to_string(ar.rows) + " rows are no multiple of " + std::to_string(num_slots) + " slots");
-  const int max_rank = num_slots ? int(ar.rows / num_slots) : 0;
+  const int64_t max_rank64 = num_slots ? ar.rows / num_slots : 0;
+  if (max_rank64 > kStackWorkspace)
+    fail("pool_a: " + std::to_string(max_rank64) + " ranks a slot, accepted are at most " + std::to_string(kStackWorkspace));
+  const int max_rank = int(max_rank64);
 
   const TensorView rv = host(rows, "rows"), sv = host(segment_starts, "segment_starts");
   const int64_t num_pairs = rv.ndim == 1 ? rv.shape[0] : 0;
