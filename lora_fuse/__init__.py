@@ -1,5 +1,8 @@
 """lora_fuse: one base model, many fine-tunes."""
 
+import sys
+from types import ModuleType
+
 from lora_fuse import functional
 from lora_fuse.adapters.load import load_adapter
 from lora_fuse.adapters.lora import LoraAdapter
@@ -31,3 +34,9 @@ __all__ = [
     "warmup",
 ]
 __version__ = "0.1.0"
+
+# ``adapters`` is a function here and a subpackage on disk. ``import lora_fuse.adapters.pool as pool`` and
+# ``lora_fuse.adapters.pool`` walk attributes, so the function leads on to the subpackage's modules.
+vars(adapters).update(
+    {name: module for name, module in vars(sys.modules[f"{__name__}.adapters"]).items() if type(module) is ModuleType}
+)

@@ -1,0 +1,24 @@
+"""What ``import lora_fuse`` offers."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import lora_fuse as lf
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in lf.__all__:
+        assert getattr(lf, name).__doc__, name
+
+
+def test_the_function_adapters_does_not_hide_the_subpackage() -> None:
+    import lora_fuse.adapters.lora as by_attribute
+    from lora_fuse.adapters.lora import LoraAdapter
+
+    assert by_attribute.LoraAdapter is LoraAdapter is lf.LoraAdapter
+    assert callable(lf.adapters)
+    package = importlib.import_module("lora_fuse.adapters")
+    for module in pkgutil.iter_modules(package.__path__):
+        assert getattr(lf.adapters, module.name) is importlib.import_module(f"lora_fuse.adapters.{module.name}")
