@@ -188,6 +188,9 @@ class _Reader:
                 saved[path] = {parameter: tensor}
             else:
                 self.findings.tolerable.append(f"{key}: unexpected tensor, shape {tuple(tensor.shape)}")
+        names = self.settings.modules_to_save
+        if names and not any(_saved_module(path, names) for path in saved):
+            self.findings.tolerable.append(f"modules_to_save: the file has no tensors for any of {list(names)}")
         for path, bias in biases.items():
             if bias.dim() != 1 or (path in layers and bias.shape[0] != layers[path].lora_b.shape[0]):
                 self.findings.fatal.append(f"{path}: bias of shape {tuple(bias.shape)} does not fit the module")
