@@ -27,10 +27,11 @@ _BATCHED_INPUTS = (
 class Context:
     """One selection and the snapshot last resolved from it."""
 
-    __slots__ = ("__weakref__", "_cached", "selection")
+    __slots__ = ("__weakref__", "_cached", "running", "selection")
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
+        self.running: tuple[Any, ...] = ()  # the forwards around the block that entered it
         self._cached: tuple[Published, int, Snapshot] | None = None
 
     def forget(self) -> None:
@@ -140,14 +141,19 @@ class Serving:
 
     def enter(self, selection: Selection) -> Context:
         """Make a selection current for the calling thread; returns what ``leave`` wants."""
-        context = Context(selection)
+        context, local = Context(selection), self.local
+        context.running = (local.snapshot, local.seq, local.cache, local.outer)
         with self.lock:
             self.contexts.add(context)
-        self.local.contexts = (*self.local.contexts, context)
+        local.contexts = (*local.contexts, context)
         return context
 
     def leave(self, context: Context) -> None:
-        self.local.contexts = tuple(c for c in self.local.contexts if c is not context)
+        """Undo ``enter``, and end forwards that began inside and never did: torch runs no hook after an interrupt."""
+        local = self.local
+        local.contexts = tuple(c for c in local.contexts if c is not context)
+        if len(local.outer) > len(context.running[-1]):
+            local.snapshot, local.seq, local.cache, local.outer = context.running
 
     def _ambient(self) -> tuple[Snapshot, int | None]:
         """The snapshot that a forward starting now on this thread takes, and its sequence length if that is known."""

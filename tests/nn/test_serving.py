@@ -345,6 +345,23 @@ def test_training_the_base_keeps_base_rows_exact(bare: Mlp, adapters: Any) -> No
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_an_interrupted_forward_leaves_nothing_behind(bare: Mlp) -> None:
+    """torch runs no forward hook after a KeyboardInterrupt; the end of the block cleans up instead."""
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = lf.attach(copy.deepcopy(bare), {"sql": LoraAdapter({"up": linear_layer(bare.up, 2)})}, num_slots=1)
+    hook = model.down.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), lf.use_adapters(model, "sql"):
+        model(torch.randn(2, 24))
+    hook.remove()
+    x = torch.randn(2, 24)
+    assert torch.equal(model.up(x), bare.up(x))  # on its own, under the default selection: base
+    for _ in range(3):  # its slot comes back
+        lf.swap_adapter(model, "sql", LoraAdapter({"up": linear_layer(bare.up, 2)}), timeout=0.5)
+
+
 def test_negative_zero_of_a_base_row_keeps_its_sign() -> None:
     class NegativeZero(nn.Module):
         in_features = out_features = 2
