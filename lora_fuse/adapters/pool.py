@@ -25,6 +25,9 @@ class AdapterPool(nn.Module):
     slot ``s`` owns rows ``s * max_rank`` to ``s * max_rank + slot_rank[s]``, one contiguous run. ``slot_rank`` (int32)
     and ``slot_scaling`` (float32) have an entry per slot. All four are non-persistent buffers: they follow ``.to()``,
     stay out of the state dict, and ``slot_scaling`` stays float32 whatever the pool's dtype.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or a dtype that is not floating point.
     """
 
     pool_a: Tensor
@@ -42,6 +45,12 @@ class AdapterPool(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
+        sizes = {"num_slots": num_slots, "max_rank": max_rank, "in_features": in_features, "out_features": out_features}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, accepted is an integer from 1")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, accepted is a floating-point dtype")
         super().__init__()
         self.num_slots, self.max_rank = num_slots, max_rank
         self.in_features, self.out_features = in_features, out_features
@@ -74,8 +83,7 @@ class AdapterPool(nn.Module):
             ValueError: slot out of range, rank above ``max_rank``, or shapes that do not fit the layer.
         """
         rank = lora_a.shape[0]
-        if not 0 <= slot < self.num_slots:
-            raise ValueError(f"slot: {slot} is out of range, this pool has slots 0 to {self.num_slots - 1}")
+        self._check_slot(slot)
         if rank > self.max_rank:
             raise ValueError(f"rank: {rank} exceeds this pool's max_rank {self.max_rank}")
         want = (rank, self.in_features), (self.out_features, rank)
@@ -84,6 +92,8 @@ class AdapterPool(nn.Module):
                 f"lora_a, lora_b: expected shapes {want[0]} and {want[1]}, "
                 f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
             )
+        if lora_bias is not None and tuple(lora_bias.shape) != (self.out_features,):
+            raise ValueError(f"lora_bias: expected shape ({self.out_features},), got {tuple(lora_bias.shape)}")
         start = slot * self.max_rank
         # Through .data: a backward that saved these buffers holds the slots it needs, so it must not be told that they
         # changed.
@@ -95,6 +105,10 @@ class AdapterPool(nn.Module):
             self.slot_scaling.data[slot] = scaling
             self._write_bias(slot, lora_bias)
             self.slot_rank.data[slot] = rank
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot: {slot} is out of range, this pool has slots 0 to {self.num_slots - 1}")
 
     def _write_a(self, start: int, rank: int, lora_a: Tensor) -> None:
         self.pool_a.data[start : start + rank].copy_(lora_a)
@@ -111,7 +125,12 @@ class AdapterPool(nn.Module):
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
-        """Empty a slot: rank 0, no work."""
+        """Empty a slot: rank 0, no work.
+
+        Raises:
+            ValueError: slot out of range.
+        """
+        self._check_slot(slot)
         with torch.inference_mode(False):
             self.leave_inference_mode()
             self.slot_rank.data[slot] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -73,7 +74,7 @@ def plan(
                         continue
                     fits[home] = target.fit
                     result.new_layers[home] = (module, target)
-                why = _misfit(layer, *fits[home])
+                why = _misfit(layer, *fits[home]) or _other_base(module, adapter.base_weights.get(path))
             if why is not None:
                 offenders.append(f"{path}: {why}")
                 continue
@@ -114,8 +115,7 @@ def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
     if dora:
         raise ValueError(
             f"adapter {name!r}: {dora[0]} and {len(dora) - 1} more layers are DoRA, whose norm depends on the whole "
-            "weight and "
-            "cannot be served row by row; merge it into the weights with lora_fuse.fuse"
+            "weight and cannot be served row by row; merge it into the weights with lora_fuse.fuse"
         )
     if adapter.base_biases:
         raise ValueError(
@@ -131,6 +131,8 @@ def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
     if not adapter.layers and not adapter.modules_to_save:
         raise ValueError(f"adapter {name!r}: it has no layers")
     for path, layer in adapter.layers.items():
+        if not math.isfinite(layer.scaling):
+            raise ValueError(f"adapter {name!r}: {path} has the scaling {layer.scaling}, accepted is a finite number")
         if not all(bool(torch.isfinite(t).all()) for t in layer.tensors()):
             raise ValueError(f"adapter {name!r}: {path} has factors that are not finite")
 
@@ -161,6 +163,20 @@ def _misfit(layer: LoraLayer, kind: LayerKind, weight_shape: tuple[int, ...]) ->
     return None
 
 
+def _other_base(module: nn.Module, saved: Tensor | None) -> str | None:
+    """PEFT saves a resized embedding's base weight along; serving reads the model's own, so the two must agree."""
+    if saved is None:
+        return None
+    weight = getattr(module, "weight", None)
+    same = isinstance(weight, Tensor) and weight.shape == saved.shape and not weight.is_meta
+    if same and torch.equal(saved.to(weight), weight):  # type: ignore[arg-type]
+        return None
+    return (
+        "the adapter brings the base weight that it was trained with (save_embedding_layers), and the model's differs; "
+        "put that weight into the model first, or merge the adapter with lora_fuse.fuse"
+    )
+
+
 def _refuse_overflow(name: str, path: str, layer: LoraLayer, module: nn.Module) -> None:
     """Factors are stored in the weight's dtype; half precision may be too narrow for them."""
     dtype = pool_dtype(module, torch.float32)
@@ -177,8 +193,7 @@ def _refuse_overlaps(layers: list[str], head_paths: list[str]) -> None:
             if path == head or path.startswith(f"{head}.") or head == "":
                 raise ValueError(
                     f"{path}: one adapter has LoRA factors here, another a full copy of {head} (modules_to_save); "
-                    "these two "
-                    "cannot be mixed in one model"
+                    "these two cannot be mixed in one model"
                 )
         for other in head_paths:
             if other != head and other.startswith(f"{head}."):

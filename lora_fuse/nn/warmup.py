@@ -26,7 +26,11 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
         num_tokens: batch sizes, in rows, to run.
     Returns:
         How many distinct (sizes, dtype, device) were run.
+    Raises:
+        ValueError: the model is not attached, or ``num_tokens`` holds something other than integers from 0.
     """
+    if not isinstance(num_tokens, Sequence) or any(type(n) is not int or n < 0 for n in num_tokens):
+        raise ValueError(f"num_tokens: got {num_tokens!r}, accepted is a sequence of integers from 0")
     seen = set()
     for layer in attached_layers(model).values():
         pool = layer.lora_pool

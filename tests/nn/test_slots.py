@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lora_fuse as lf
 from lora_fuse import LoraAdapter
 from lora_fuse.adapters.lora import LoraLayer
+from lora_fuse.adapters.pool import AdapterPool
 
 PATHS = ("up", "down", "out")
 
@@ -237,6 +238,10 @@ def _wrong(bare: Mlp, what: str) -> Any:
         return LoraAdapter({**layers, "up": replace(layer, kind="embedding")})
     if what == "nan":
         return LoraAdapter({**layers, "up": replace(layer, lora_b=layer.lora_b * float("nan"))})
+    if what == "scaling":
+        return LoraAdapter({**layers, "up": replace(layer, scaling=float("nan"))})
+    if what == "base-weight":
+        return LoraAdapter(layers, base_weights={"up": bare.up.weight + 1})
     if what == "dora":
         return LoraAdapter({**layers, "up": replace(layer, magnitude=torch.ones(40))})
     if what == "biases":
@@ -263,6 +268,8 @@ REFUSALS = {
     "ranks-differ": "up: lora_a has rank 1, lora_b has rank 2",
     "kind": "up: the adapter's factors are for embedding, the module is linear",
     "nan": "'bad': up has factors that are not finite",
+    "scaling": "'bad': up has the scaling nan, accepted is a finite number",
+    "base-weight": r"up: the adapter brings the base weight .* and the model's differs",
     "dora": r"'bad': up and 0 more layers are DoRA.*lora_fuse\.fuse",
     "biases": "bias='all' or 'lora_only'",
     "tokens": r"trainable_token_indices of \['embed'\]",
@@ -292,6 +299,12 @@ def test_refusals_change_nothing(bare: Mlp, what: str, match: str) -> None:
     assert same_bits(model, before)
     assert model.up.lora_serving.published is published
     lf.add_adapter(model, "fine", good)
+
+
+def test_the_base_weight_that_an_adapter_was_trained_with_may_come_along(bare: Mlp) -> None:
+    good = adapter(bare, PATHS, 2)
+    model = lf.attach(bare, {"good": replace(good, base_weights={"up": bare.up.weight.detach().clone()})})
+    assert list(lf.adapters(model)) == ["good"]
 
 
 def test_bad_arguments(bare: Mlp) -> None:
@@ -348,3 +361,23 @@ def test_targets_refused_by_name(path: str, match: str) -> None:
     layer = LoraLayer(torch.ones(1, 8), torch.ones(8, 1), 1.0)
     with pytest.raises(ValueError, match=f"{path}: .*{match}"):
         lf.attach(Targets(), {"a": LoraAdapter({path: layer})})
+
+
+def test_pool_and_warmup_arguments(bare: Mlp) -> None:
+    for sizes, match in [((0, 4, 8, 8), "num_slots: got 0"), ((2, 0, 8, 8), "max_rank: got 0")]:
+        with pytest.raises(ValueError, match=match):
+            AdapterPool(*sizes, torch.float32)
+    with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
+        AdapterPool(2, 4, 8, 8, torch.int8)
+    pool = AdapterPool(2, 4, 8, 8, torch.float32)
+    pool.write(0, torch.ones(2, 8), torch.ones(8, 2), 1.0)
+    before = [t.clone() for t in pool.tensors]
+    with pytest.raises(ValueError, match=r"lora_bias: expected shape \(8,\), got \(3,\)"):
+        pool.write(0, torch.zeros(1, 8), torch.zeros(8, 1), 2.0, torch.zeros(3))
+    with pytest.raises(ValueError, match="slot: 2 is out of range, this pool has slots 0 to 1"):
+        pool.clear(2)
+    assert all(torch.equal(t, b) for t, b in zip(pool.tensors, before, strict=True))
+    model = lf.attach(bare, {"a": adapter(bare, PATHS, 2)})
+    for wrong in (5, [-1], ["1"], "12"):
+        with pytest.raises(ValueError, match="num_tokens: got .*accepted is a sequence of integers"):
+            lf.warmup(model, wrong)  # type: ignore[arg-type]
