@@ -220,8 +220,7 @@ def add_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _
         if len(taken) >= attachment.serving.num_slots:
             raise ValueError(
                 f"adapters: all {attachment.serving.num_slots} slots are taken by {sorted(taken)}; remove one, or "
-                "attach "
-                "with a larger num_slots"
+                "attach with a larger num_slots"
             )
         _put(model, attachment, name, loaded, timeout)
 

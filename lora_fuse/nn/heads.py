@@ -361,8 +361,7 @@ def refuse_mixed_kinds(
         if 1 in widths.values() and max(widths.values()) > 1:
             raise ValueError(
                 f"{path}: a head of width 1 (regression) cannot share a module with a wider one (classification); "
-                "adapters "
-                f"and widths: {widths}"
+                f"adapters and widths: {widths}"
             )
 
 

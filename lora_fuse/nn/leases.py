@@ -64,6 +64,5 @@ class SlotAllocator:
         except queue.Empty:
             raise RuntimeError(
                 f"no slot became free within {timeout:g} s: the spare slot is still held by a running forward, or by "
-                "the "
-                "saved graph of one whose backward has not run; try again when it has finished"
+                "the saved graph of one whose backward has not run; try again when it has finished"
             ) from None

@@ -182,8 +182,7 @@ class Snapshot:
                 row = int((self.tokens == slot).nonzero()[0])
                 raise ValueError(
                     f"selection: row {row} asks for slot {slot}, whose adapter was swapped or removed since the "
-                    "selection "
-                    "was made; read adapter_slots() again"
+                    "selection was made; read adapter_slots() again"
                 )
         self.num_samples = int(self.tokens.shape[0])
         self.slots = self.samples = self.which = np.zeros(0, np.int64)
@@ -197,8 +196,7 @@ class Snapshot:
         if self.kind != "uniform" and not self.base:
             raise ValueError(
                 f"{path}: an expert sees its own choice of tokens, so it cannot tell which sample a row belongs to; "
-                "select "
-                "one entry for the whole batch"
+                "select one entry for the whole batch"
             )
 
     def cache(self, seq: int | None) -> dict[Any, Routing]:
@@ -238,8 +236,7 @@ class Snapshot:
         want = "[" + "seq, " * axis + f"batch = {n}, ...]"
         raise ValueError(
             f"{path}: the selection has {n} samples, but this input's leading dimensions {list(shape)} are neither "
-            f"{want}"
-            f"{flat}; select one entry for the whole batch, give a slot per token, or attach with batch_dim="
+            f"{want}{flat}; select one entry for the whole batch, give a slot per token, or attach with batch_dim="
         )
 
     def routing(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
@@ -275,7 +272,6 @@ def _refuse_two_heads(entry: Entry, published: Published) -> None:
             if path in owner:
                 raise ValueError(
                     f"selection: a mix may contain one adapter with a head of its own, {owner[path]!r} and {name!r} "
-                    "both "
-                    f"bring a copy of {path}"
+                    f"both bring a copy of {path}"
                 )
             owner[path] = name

@@ -1,12 +1,10 @@
-"""Selections under ``torch.compile``: two ops that read the current selection at run time, so that no graph depends on
-it.
+"""Selections under ``torch.compile``: two ops read the current selection at run time, so that no graph depends on it.
 
 Compiled code must not bake a selection in, nor be recompiled when it changes. So a compiled layer asks an opaque op
 for the routing tensors, which then flow into ``multi_lora`` (and into the saved tensors of its backward) like any
-others. The
-outermost forward's hooks run outside of compiled code where ``torch.compile(model)`` puts them, and take the selection
-for the thread as ever. Where they are traced into a larger graph they pin it with a token instead: all layers, and
-their recomputation in a backward, see one snapshot.
+others. The outermost forward's hooks run outside of compiled code where ``torch.compile(model)`` puts them, and take
+the selection for the thread as ever. Where they are traced into a larger graph they pin it with a token instead: all
+layers, and their recomputation in a backward, see one snapshot.
 """
 
 from __future__ import annotations
