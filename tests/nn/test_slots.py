@@ -379,5 +379,5 @@ def test_pool_and_warmup_arguments(bare: Mlp) -> None:
     assert all(torch.equal(t, b) for t, b in zip(pool.tensors, before, strict=True))
     model = lf.attach(bare, {"a": adapter(bare, PATHS, 2)})
     for wrong in (5, [-1], ["1"], "12"):
-        with pytest.raises(ValueError, match="num_tokens: got .*accepted is a sequence of integers"):
+        with pytest.raises(ValueError, match=r"num_tokens: got .*accepted is a sequence of integers"):
             lf.warmup(model, wrong)  # type: ignore[arg-type]
