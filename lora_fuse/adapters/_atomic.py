@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,31 +19,8 @@ def _sync(path: Path) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    with suppress(
-        OSError
-    ):  # some network file systems refuse fsync on a directory; the rename has happened all the same
+    with suppress(OSError):  # some network file systems refuse it; the rename has happened all the same
         _sync(path)
-
-
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Create or replace one file; readers see the old content or the new, never a part.
-
-    Args:
-        path: the file; its directory must exist.
-        write: called with a path beside it, which it must fill.
-    Raises:
-        OSError: from the file system; ``path`` is then as it was and nothing is left behind.
-    """
-    target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        write(beside)
-        _sync(beside)
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    _sync_directory(target.parent)
 
 
 @contextmanager

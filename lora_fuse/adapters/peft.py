@@ -131,6 +131,11 @@ class _Reader:
         layers = {path: layer for path, raw in sorted(self.raw.items()) if (layer := self._layer(path, raw))}
         saved, biases, base_weights = self._plain(layers)
         tokens = dict(self._tokens())
+        targets = self.settings.target_modules
+        if layers and not isinstance(targets, str) and layers.keys() <= set(targets or ()):  # it lists whole paths
+            lost = sorted(set(targets or ()) - layers.keys())
+            if lost:
+                self.findings.tolerable.append(f"target_modules: the file has no tensors for {', '.join(lost[:10])}")
         if not (layers or saved or biases or tokens) and not self.findings.fatal:
             self.findings.fatal.append(
                 "no LoRA tensors among " + ", ".join(sorted(k for k, _ in self.plain.values())[:10])

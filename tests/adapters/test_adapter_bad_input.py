@@ -321,6 +321,11 @@ def test_refused_tensors(config: dict[str, Any], tensors: dict[str, Any], messag
         ({"bias": "lora_only"}, {"base_model.model.norm.bias": torch.ones(3)}, r"norm\.bias: unexpected tensor"),
         ({"trainable_token_indices": [1]}, {}, "trainable_token_indices: the file has no rows for its tokens"),
         ({"trainable_token_indices": {"emb": [1]}}, {}, "trainable_token_indices: the file has no rows for emb"),
+        (
+            {"target_modules": ["layers.0.q", "layers.1.q", "layers.2.q"]},
+            {},
+            r"target_modules: the file has no tensors for layers\.2\.q",
+        ),
         ({"modules_to_save": ["head", "score"]}, {}, r"modules_to_save: the file has no tensors for any of"),
         ({"target_modules": ["s.0.q", "s.1.q"]}, {}, r"layers\.0\.q: has LoRA tensors"),
         ({"target_modules": ["k"]}, {}, r"layers\.0\.q: has LoRA tensors, but target_modules does not name it"),

@@ -16,7 +16,7 @@ from conftest import quiet
 from torch import nn
 
 import lora_fuse as lf
-from lora_fuse.adapters._atomic import atomic_directory, atomic_write
+from lora_fuse.adapters._atomic import atomic_directory
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.adapters.save import peft_config
 
@@ -235,20 +235,6 @@ def test_permissions_and_links(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "plain", tmp_path / "new")}
     assert len(modes) == 1
-
-
-def test_atomic_write(tmp_path: Path) -> None:
-    target = tmp_path / "a.json"
-    atomic_write(target, lambda path: path.write_text("one") and None)
-
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        atomic_write(target, fail)
-    assert target.read_text() == "one"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_atomic_directory_with_folders(tmp_path: Path) -> None:
