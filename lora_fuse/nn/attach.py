@@ -167,6 +167,10 @@ def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: 
 def detach(model: nn.Module) -> nn.Module:
     """Take all adapters out: classes, attributes, hooks and flags are what they were, parameters were never touched.
 
+    Args:
+        model: what ``attach`` returned; no forward of it may be running.
+    Returns:
+        ``model``.
     Raises:
         ValueError: nothing is attached, or something (a parametrization) changed an adapted module's class since;
             nothing is changed then.
@@ -278,6 +282,9 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     A selection that still names it (the default, or a ``use_adapters`` block) makes the next forward under it a
     ``ValueError``.
 
+    Args:
+        model: an attached model.
+        name: an attached adapter.
     Raises:
         ValueError: nothing of that name is attached.
     """

@@ -15,12 +15,20 @@ from lora_fuse.nn.serving import Context
 
 
 def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
-    """What is attached: name -> slot, rank, bytes, module paths."""
+    """What is attached: name -> slot, rank, bytes, module paths.
+
+    Raises:
+        ValueError: nothing is attached to ``model``.
+    """
     return dict(attachment_of(model).info)
 
 
 def adapter_slots(model: nn.Module) -> dict[str, int]:
-    """Name -> slot, as a tensor selection wants it. A swap moves an adapter to another slot."""
+    """Name -> slot, as a tensor selection wants it. A swap moves an adapter to another slot.
+
+    Raises:
+        ValueError: nothing is attached to ``model``.
+    """
     return {name: lease.index for name, lease in attachment_of(model).serving.published.leases.items()}
 
 
@@ -64,6 +72,9 @@ def head_sizes(model: nn.Module) -> dict[str, dict[str | None, int]]:
     """Module path -> {adapter name: width of its head, None: width of the base model's head}.
 
     Adapters that bring no copy of a module are left out there; their rows use the base model's.
+
+    Raises:
+        ValueError: nothing is attached to ``model``.
     """
     attachment = attachment_of(model)
     return heads.sizes(attachment.heads, attachment.serving.published)
