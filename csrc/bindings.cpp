@@ -67,9 +67,17 @@ TensorView view(py::handle t, const char* name) {
   return v;
 }
 
+// Tensors may claim elements and own no memory: freed storages, torch's zero tensors.
+void expect_memory(const TensorView& v, const char* name) {
+  bool empty = false;
+  for (int i = 0; i < v.ndim; ++i) empty |= v.shape[i] == 0;
+  if (!v.data && !empty) fail(std::string(name) + ": its storage is not allocated");
+}
+
 TensorView host(py::handle t, const char* name) {
   const TensorView v = view(t, name);
   if (!v.on_cpu) fail(std::string(name) + ": expected a CPU tensor, as x is");
+  expect_memory(v, name);
   return v;
 }
 
@@ -179,6 +187,7 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
   const TensorView xv = view(x, "x");
   Rows xr, yr, ar, br;
   if (!xv.on_cpu || !has_kernel(xv.dtype) || !collapse(xv, &xr)) return false;
+  expect_memory(xv, "x");
   const TensorView yv = host(out, "out"), av = host(pool_a, "pool_a"), bv = host(pool_b, "pool_b");
   if (!collapse(yv, &yr) || (yr.rows > 1 && yr.stride < yr.cols))
     fail("out: expected unit stride in the last dimension and one stride between rows, got shape " + show(yv));

@@ -27,8 +27,8 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
 
     Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows,
     their order or the number of threads; one exception, bf16 with AMX tiles: the last bit may depend on whether the
-    row's adapter has 16 rows or more in the batch. Rows with no pair keep ``out`` bit for bit. Differentiable in ``x``
-    ``routing.weights``, not in the pool.
+    row's adapter has 16 rows or more in the batch, on whether any row has several pairs, and on the number of threads.
+    Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and ``routing.weights``, not in the pool.
 
     Args:
         x: ``[..., in_features]`` with ``routing.num_rows`` rows in all; fp32, bf16 or fp16, the pool's dtype
@@ -40,12 +40,15 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
     Returns:
         ``out``, or a new ``[..., out_features]``.
     Raises:
-        ValueError: shapes or dtypes disagree, an index is out of range, or ``out`` is given where a gradient is needed.
+        ValueError: shapes or dtypes disagree, an index is out of range, or ``out`` is given where a gradient is needed
+            or under a functorch transform or forward-mode AD.
     Source: S-LoRA, arXiv:2311.03285, and Punica, arXiv:2310.18547, for the shrink / expand formulation.
     """
     if may_bypass(x, out, routing.weights):
         pool_tensors, route = pool.tensors, routing.tensors
         y = x.new_zeros((*x.shape[:-1], pool.out_features)) if out is None else out
+        if y.numel() != routing.num_rows * pool.out_features:
+            _refuse_rows(x, routing)
         workspace = None if route[4] is None else _op.workspace(pool_tensors, route)
         if _multi_lora(y, x, pool_tensors, route, workspace, _num_threads()):
             if not y.is_inference():
@@ -54,8 +57,20 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
     return _dispatch(x, pool, routing, out)
 
 
+def _refuse_rows(x: Tensor, routing: Routing) -> None:
+    rows = x.shape[:-1].numel()
+    if rows != routing.num_rows:
+        raise ValueError(f"x: shape {list(x.shape)} has {rows} rows, the routing is for {routing.num_rows}")
+
+
 def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None) -> Tensor:
     """Through torch's dispatcher: autograd, transforms, modes, tracing, other devices and dtypes."""
+    if not torch.compiler.is_compiling():
+        _refuse_rows(x, routing)
+    if out is not None and under_transform():  # its tangent, its gradient or its batch would be lost
+        raise ValueError("out: cannot be given under a functorch transform or forward-mode AD; leave it out")
+    if out is not None and out.is_neg():
+        raise ValueError("out: is a view whose memory holds the negative (of a conjugate's imaginary part)")
     if out is not None and torch.is_grad_enabled():
         for name, t in (("x", x), ("out", out), ("routing.weights", routing.weights)):
             if t is not None and t.requires_grad:

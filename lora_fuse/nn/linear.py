@@ -14,6 +14,7 @@ from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.traced import traced_routing
+from lora_fuse.ops.eager import under_transform
 
 
 def add_lora(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing, fresh: bool) -> Tensor:
@@ -24,7 +25,7 @@ def add_lora(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing, fresh: b
         x: ``[..., in_features]``, the same leading dimensions.
         fresh: nobody else sees ``y``, so it may be written into (when no gradient is wanted).
     """
-    if fresh and not y.requires_grad and x.dtype is y.dtype:
+    if fresh and not y.requires_grad and x.dtype is y.dtype and not under_transform():
         multi_lora(x, pool, routing, out=y)
     else:
         y = y - _negated(x, y, pool, routing)

@@ -32,6 +32,8 @@ def may_bypass(x: Tensor, out: Tensor | None, weights: Tensor | None) -> bool:
         x.requires_grad or (weights is not None and weights.requires_grad) or (out is not None and out.requires_grad)
     ):
         return False
+    if x.is_neg() or (out is not None and out.is_neg()):  # the memory holds the negative
+        return False
     return not (
         _dispatch_modes()
         or _function_mode()

@@ -49,6 +49,28 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
     return out
 
 
+def _check(out: Tensor, x: Tensor, pool: PoolTensors, rows: Tensor, weights: Tensor | None, starts: list[int]) -> None:
+    """What the kernels check in C++, for those who have none; index_add checks the values of ``rows``."""
+    pool_a, pool_b, slot_rank, slot_scaling = pool
+    num_slots, num_pairs = slot_rank.shape[0], rows.shape[0]
+    if not (x.dtype.is_floating_point or x.dtype.is_complex) or x.dtype != out.dtype:
+        raise ValueError(f"x, out: dtypes {x.dtype} and {out.dtype}, accepted is one floating dtype for both")
+    if pool_a.dim() != 2 or pool_b.dim() != 2 or pool_a.shape[0] != pool_b.shape[0]:
+        shapes = f"{list(pool_a.shape)} and {list(pool_b.shape)}"
+        raise ValueError(f"pool_a, pool_b: shapes {shapes}, accepted are two dimensions and the same number of rows")
+    if num_slots == 0 or pool_a.shape[0] % num_slots or slot_scaling.shape != slot_rank.shape:
+        raise ValueError(f"pool_a: {pool_a.shape[0]} rows, {num_slots} ranks and {slot_scaling.shape[0]} scalings")
+    if x.shape[-1] != pool_a.shape[1] or out.shape[-1] != pool_b.shape[1]:
+        sizes = f"{x.shape[-1]} and {out.shape[-1]}"
+        raise ValueError(f"x, out: have {sizes} features, the pool has {pool_a.shape[1]} and {pool_b.shape[1]}")
+    if x.shape[:-1].numel() != out.shape[:-1].numel():
+        raise ValueError(f"x, out: shapes {list(x.shape)} and {list(out.shape)} have different numbers of rows")
+    if rows.dim() != 1 or (weights is not None and weights.shape != rows.shape):
+        raise ValueError("rows, weights: accepted is one entry for each pair")
+    if len(starts) != num_slots + 1 or [starts[0], starts[-1]] != [0, num_pairs] or sorted(starts) != starts:
+        raise ValueError(f"segment_starts: must be {num_slots + 1} numbers that rise from 0 to {num_pairs}, the pairs")
+
+
 def _composite_(
     out: Tensor,
     x: Tensor,
@@ -63,11 +85,12 @@ def _composite_(
     row_pairs: Tensor | None,
 ) -> None:
     """Plain torch, a loop over slots: the path of devices and dtypes that have no kernel. fp32 sums, one rounding."""
+    starts, ranks = segment_starts.tolist(), slot_rank.tolist()
+    _check(out, x, (pool_a, pool_b, slot_rank, slot_scaling), rows, weights, starts)
     dtype = torch.promote_types(x.dtype, torch.float32)
     flat = x.reshape(-1, x.shape[-1])
     total = torch.zeros(flat.shape[0], pool_b.shape[1], dtype=dtype, device=x.device)
-    max_rank = pool_a.shape[0] // max(slot_rank.shape[0], 1)
-    starts, ranks = segment_starts.tolist(), slot_rank.tolist()
+    max_rank = pool_a.shape[0] // slot_rank.shape[0]
     for slot, rank in enumerate(ranks):
         pairs = slice(starts[slot], starts[slot + 1])
         if pairs.start == pairs.stop or rank == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import adapted_copy, adapter
+from nn_models import Mlp, adapted_copy, adapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -150,3 +150,27 @@ def test_a_failed_backward_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         y.sum().backward()
     assert torch.equal(model.first(x), bare.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's word on vmap over an op without a rule
+def test_functional_transforms_of_a_frozen_model() -> None:
+    """jvp, vmap and jacobians see the LoRA part although no parameter asks for a gradient."""
+    torch.manual_seed(0)
+    bare = Mlp().requires_grad_(False)
+    adapters = {"a": adapter(bare, ["up", "down", "out"], 3), "b": adapter(bare, ["down"], 5)}
+    entries = ["a", None, {"a": 0.5, "b": -1.0}]
+    model = lf.attach(copy.deepcopy(bare), adapters)
+    x, tangent = torch.randn(3, 24), torch.randn(3, 24)
+    merged = [adapted_copy(bare, adapters, e) for e in entries]
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.stack([m(row) for m, row in zip(merged, x, strict=True)])
+
+    with lf.use_adapters(model, entries):
+        torch.testing.assert_close(torch.func.jvp(model, (x,), (tangent,)), torch.func.jvp(plain, (x,), (tangent,)))
+        torch.testing.assert_close(torch.func.jacfwd(model)(x), torch.func.jacrev(plain)(x))
+        torch.testing.assert_close(torch.func.vmap(model)(torch.stack([x, tangent]))[1], plain(tangent))
+        with torch.autograd.forward_ad.dual_level():
+            dual = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            got = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(got, torch.func.jvp(plain, (x,), (tangent,))[1])

@@ -13,6 +13,7 @@ from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 
 OPS = torch.ops.lora_fuse
+ROUTING = ("rows", "weights", "segment_starts", "row_starts", "row_pairs")
 PAIRS = [(0, 1, 0.5), (0, 2, -1.0), (2, 0, 2.0), (3, 1, 1.0)]
 
 
@@ -237,6 +238,26 @@ class TestTheFastPathStepsAside:
         assert self.kernel_calls == 0
         torch.testing.assert_close(got, of_weights(tangent))
 
+    def test_out_is_refused_under_transforms(self):
+        """Written in place, a tangent or a vmapped batch would be lost."""
+
+        def call(x):
+            return multi_lora(x, self.pool, self.routing, out=torch.zeros(4, 12))
+
+        with pytest.raises(ValueError, match="out: cannot be given under a functorch transform or forward-mode AD"):
+            torch.func.jvp(call, (self.x,), (self.x,))
+        with pytest.raises(ValueError, match="out: cannot be given under"):
+            torch.func.vmap(call)(self.x[None])
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="out: cannot be given under"):
+            call(torch.autograd.forward_ad.make_dual(self.x, self.x))
+
+    def test_negated_view(self):
+        """Its memory holds the negative of what it is."""
+        torch.testing.assert_close(self.call(torch._neg_view(self.x)), -self.want)
+        assert self.kernel_calls == 0
+        with pytest.raises(ValueError, match="out: is a view whose memory holds the negative"):
+            multi_lora(self.x, self.pool, self.routing, out=torch._neg_view(torch.zeros(4, 12)))
+
     def test_autocast_follows_linear(self):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = self.call(self.x)
@@ -322,6 +343,43 @@ class TestBadInput:
         self.refuse("no multiple of 3 slots", pool_a=self.pool.pool_a[:11], pool_b=self.pool.pool_b[:11])
         self.refuse("11 and 12 rows|rows", pool_a=self.pool.pool_a[:11])
         self.refuse("give both or neither", row_pairs=None)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_rows_beside_the_routing(self, dtype):
+        pool = make_pool(3, 4, 20, 12, dtype)
+        for rows in (4, 6):
+            with pytest.raises(ValueError, match=rf"x: shape \[{rows}, 20\] has {rows} rows, the routing is for 5"):
+                multi_lora(torch.randn(rows, 20, dtype=dtype), pool, self.routing)
+
+    def test_without_a_kernel(self):
+        """Other dtypes run in plain torch, which refuses the same."""
+        pool = [t.double() if t.dtype == torch.float32 else t for t in self.pool.tensors]
+        fields, x = dict(zip(ROUTING, self.routing.tensors, strict=True)), self.x.double()
+
+        def refuse(match, x=x, pool=pool, **changed):
+            with pytest.raises(ValueError, match=match):
+                OPS.multi_lora(x, *pool, *{**fields, **changed}.values())
+
+        starts = fields["segment_starts"]
+        for bad in (starts[:3], starts.flip(0), starts + 1):
+            refuse("segment_starts: must be 4 numbers that rise from 0 to 4", segment_starts=bad)
+        refuse("x, out: dtypes torch.int32", x=self.x.int())
+        refuse("x, out: have 19 and 12 features", x=x[:, :19])
+        refuse("11 rows, 3 ranks and 3 scalings", pool=[pool[0][:11], pool[1][:11], *pool[2:]])
+        refuse("the same number of rows", pool=[pool[0][:9], *pool[1:]])
+        refuse("rows, weights: accepted is one entry", weights=torch.ones(3))
+        with pytest.raises(ValueError, match="different numbers of rows"):
+            multi_lora(x, make_pool(3, 4, 20, 12, torch.float64), self.routing, out=torch.zeros(4, 12).double())
+
+    def test_no_memory(self):
+        """Tensors that claim elements and own none."""
+        freed = torch.randn(5, 20)
+        freed.untyped_storage().resize_(0)
+        for x in (torch._efficientzerotensor((5, 20)), freed):
+            with pytest.raises(ValueError, match="x: its storage is not allocated"):
+                multi_lora(x, self.pool, self.routing)
+        with pytest.raises(ValueError, match="out: its storage is not allocated"):
+            multi_lora(self.x, self.pool, self.routing, out=torch._efficientzerotensor((5, 12)))
 
     def test_memory(self):
         self.refuse("out: expected unit stride", out=torch.zeros(12, 5).t())
