@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fuse._cpu import STACK_WORKSPACE
+
 _ROW_ALIGN_BYTES = 64
 
 
@@ -27,7 +29,7 @@ class AdapterPool(nn.Module):
     stay out of the state dict, and ``slot_scaling`` stays float32 whatever the pool's dtype.
 
     Raises:
-        ValueError: a size that is not a positive integer, or a dtype that is not floating point.
+        ValueError: a size that is not a positive integer, a max_rank above 16384, or a dtype not floating point.
     """
 
     pool_a: Tensor
@@ -49,6 +51,8 @@ class AdapterPool(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, accepted is an integer from 1")
+        if max_rank > STACK_WORKSPACE:
+            raise ValueError(f"max_rank: got {max_rank}, accepted are at most {STACK_WORKSPACE}")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, accepted is a floating-point dtype")
         super().__init__()

@@ -86,7 +86,10 @@ def make_terms(adapters: Sources, weights: Weights, default: float = 1.0) -> lis
             raise ValueError(f"weights: a dict needs the adapters' own names, got {sorted(weights)} for {have}")
         values = [weights[name] for name in loaded]
     else:
-        values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+        given = weights.tolist() if isinstance(weights, Tensor) else weights
+        if not isinstance(given, Iterable):
+            raise TypeError(f"weights: expected a sequence of numbers, one per adapter, got {type(weights).__name__}")
+        values = list(given)
         if len(values) != len(loaded):
             raise ValueError(f"weights: expected {len(loaded)}, one per adapter, got {len(values)}")
     terms = []

@@ -246,7 +246,7 @@ def swap_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = 
     attachment = attachment_of(model)
     loaded = _load({name: adapter})
     with attachment.changing:
-        attachment.serving.published.lease(name)
+        attachment.serving.published.lease(name, "name")
         _put(model, attachment, name, loaded, timeout)
 
 
@@ -291,7 +291,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     attachment = attachment_of(model)
     with attachment.changing:
         serving = attachment.serving
-        serving.published.lease(name)
+        serving.published.lease(name, "name")
         attachment.info = {n: info for n, info in attachment.info.items() if n != name}
         serving.publish(
             {n: lease for n, lease in serving.published.leases.items() if n != name},

@@ -48,10 +48,10 @@ class Published:
     leases: Mapping[str, SlotLease]
     heads: Mapping[str, frozenset[str]]  # adapter -> module paths that it brings a copy of
 
-    def lease(self, name: str) -> SlotLease:
+    def lease(self, name: str, argument: str = "selection") -> SlotLease:
         lease = self.leases.get(name)
         if lease is None:
-            raise ValueError(f"selection: no adapter {name!r} is attached; attached are {sorted(self.leases)}")
+            raise ValueError(f"{argument}: no adapter {name!r} is attached; attached are {sorted(self.leases)}")
         return lease
 
 

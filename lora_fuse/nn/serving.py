@@ -181,6 +181,8 @@ class Serving:
         if snapshot is None:
             return self.routing_of(tuple(x.shape[:-1]), x.device, path)
         if snapshot.base:
+            if snapshot.kind == "tokens":  # the outermost forward cannot tell how many there are
+                snapshot.lead(tuple(x.shape[:-1]), local.seq, path)
             return None
         cache = local.cache
         key = (x.shape, x.device)
@@ -194,7 +196,8 @@ class Serving:
         """Routing of an input with these leading dimensions, or None when the selection is all base."""
         snapshot, seq = self.current()
         if snapshot.base:
-            if self.local.snapshot is None:  # a layer called on its own: no outermost forward has checked the length
+            # A layer called on its own, or a slot per token: no outermost forward has checked the length.
+            if self.local.snapshot is None or snapshot.kind == "tokens":
                 snapshot.lead(lead, seq, path)
             return None
         return snapshot.routing(lead, device, seq, path)

@@ -49,7 +49,9 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
     return out
 
 
-def _check(out: Tensor, x: Tensor, pool: PoolTensors, rows: Tensor, weights: Tensor | None, starts: list[int]) -> None:
+def _check(
+    out: Tensor, x: Tensor, pool: PoolTensors, rows: Tensor, weights: Tensor | None, starts: list[int], ranks: list[int]
+) -> None:
     """What the kernels check in C++, for those who have none; index_add checks the values of ``rows``."""
     pool_a, pool_b, slot_rank, slot_scaling = pool
     num_slots, num_pairs = slot_rank.shape[0], rows.shape[0]
@@ -60,6 +62,9 @@ def _check(out: Tensor, x: Tensor, pool: PoolTensors, rows: Tensor, weights: Ten
         raise ValueError(f"pool_a, pool_b: shapes {shapes}, accepted are two dimensions and the same number of rows")
     if num_slots == 0 or pool_a.shape[0] % num_slots or slot_scaling.shape != slot_rank.shape:
         raise ValueError(f"pool_a: {pool_a.shape[0]} rows, {num_slots} ranks and {slot_scaling.shape[0]} scalings")
+    max_rank = pool_a.shape[0] // num_slots
+    if not all(0 <= rank <= max_rank for rank in ranks):
+        raise ValueError(f"slot_rank: got {ranks}, accepted are 0 to {max_rank}")
     if x.shape[-1] != pool_a.shape[1] or out.shape[-1] != pool_b.shape[1]:
         sizes = f"{x.shape[-1]} and {out.shape[-1]}"
         raise ValueError(f"x, out: have {sizes} features, the pool has {pool_a.shape[1]} and {pool_b.shape[1]}")
@@ -86,7 +91,7 @@ def _composite_(
 ) -> None:
     """Plain torch, a loop over slots: the path of devices and dtypes that have no kernel. fp32 sums, one rounding."""
     starts, ranks = segment_starts.tolist(), slot_rank.tolist()
-    _check(out, x, (pool_a, pool_b, slot_rank, slot_scaling), rows, weights, starts)
+    _check(out, x, (pool_a, pool_b, slot_rank, slot_scaling), rows, weights, starts, ranks)
     dtype = torch.promote_types(x.dtype, torch.float32)
     flat = x.reshape(-1, x.shape[-1])
     total = torch.zeros(flat.shape[0], pool_b.shape[1], dtype=dtype, device=x.device)

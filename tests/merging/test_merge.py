@@ -268,6 +268,8 @@ GOOD = make_adapter({"lin": 4})
         ([GOOD, 3], {}, TypeError, r"adapters\[1\]: expected a LoraAdapter or a path, got int"),
         ([GOOD], {"method": "tie"}, ValueError, "method: expected one of linear, uniform, cat, svd, got 'tie'"),
         ([GOOD], {"weights": [1.0, 2.0]}, ValueError, "weights: expected 1, one per adapter, got 2"),
+        ([GOOD], {"weights": 2.0}, TypeError, "weights: expected a sequence of numbers, one per adapter, got float"),
+        ([GOOD], {"weights": torch.tensor(2.0)}, TypeError, "weights: expected a sequence of numbers"),
         ([GOOD], {"weights": ["1"]}, TypeError, "weights: expected numbers"),
         ([GOOD], {"weights": [True]}, TypeError, "weights: expected numbers"),
         ([GOOD], {"weights": [float("inf")]}, ValueError, "weights: expected finite numbers"),

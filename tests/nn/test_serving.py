@@ -204,8 +204,10 @@ def test_bad_selections(model: Mlp, selection: Any, error: type[Exception], matc
     assert torch.isfinite(model(torch.randn(2, 24))).all()
 
 
-def test_tokens_must_match_the_rows(model: Mlp) -> None:
-    with lf.use_adapters(model, torch.zeros(5, dtype=torch.int32)), pytest.raises(ValueError, match=r"5 tokens.* 4"):
+@pytest.mark.parametrize("slot", [0, -1])
+def test_tokens_must_match_the_rows(model: Mlp, slot: int) -> None:
+    tokens = torch.full((5,), slot, dtype=torch.int32)
+    with lf.use_adapters(model, tokens), pytest.raises(ValueError, match=r"5 tokens.* 4"):
         model(torch.randn(2, 2, 24))
 
 

@@ -364,9 +364,10 @@ def test_targets_refused_by_name(path: str, match: str) -> None:
 
 
 def test_pool_and_warmup_arguments(bare: Mlp) -> None:
-    for sizes, match in [((0, 4, 8, 8), "num_slots: got 0"), ((2, 0, 8, 8), "max_rank: got 0")]:
+    sizes = {"num_slots: got 0": (0, 4, 8, 8), "max_rank: got 0": (2, 0, 8, 8), "max_rank: got 16385": (1, 16385, 1, 1)}
+    for match, size in sizes.items():
         with pytest.raises(ValueError, match=match):
-            AdapterPool(*sizes, torch.float32)
+            AdapterPool(*size, torch.float32)
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
         AdapterPool(2, 4, 8, 8, torch.int8)
     pool = AdapterPool(2, 4, 8, 8, torch.float32)
@@ -381,3 +382,11 @@ def test_pool_and_warmup_arguments(bare: Mlp) -> None:
     for wrong in (5, [-1], ["1"], "12"):
         with pytest.raises(ValueError, match=r"num_tokens: got .*accepted is a sequence of integers"):
             lf.warmup(model, wrong)  # type: ignore[arg-type]
+
+
+def test_the_argument_of_a_missing_adapter_is_named(bare: Mlp) -> None:
+    model = lf.attach(bare, {})
+    with pytest.raises(ValueError, match="name: no adapter 'x' is attached"):
+        lf.remove_adapter(model, "x")
+    with pytest.raises(ValueError, match="name: no adapter 'x' is attached"):
+        lf.swap_adapter(model, "x", adapter(bare, ["up"], 2))

@@ -366,6 +366,9 @@ class TestBadInput:
         refuse("x, out: dtypes torch.int32", x=self.x.int())
         refuse("x, out: have 19 and 12 features", x=x[:, :19])
         refuse("11 rows, 3 ranks and 3 scalings", pool=[pool[0][:11], pool[1][:11], *pool[2:]])
+        for bad in (-1, 5):
+            ranks = torch.tensor([4, bad, 4], dtype=torch.int32)
+            refuse("slot_rank: got .*, accepted are 0 to 4", pool=[*pool[:2], ranks, pool[3]])
         refuse("the same number of rows", pool=[pool[0][:9], *pool[1:]])
         refuse("rows, weights: accepted is one entry", weights=torch.ones(3))
         with pytest.raises(ValueError, match="different numbers of rows"):
