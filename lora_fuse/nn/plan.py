@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from lora_fuse.nn import heads
 from lora_fuse.nn.targets import Fit, Target, pool_dtype, target_of
 
 _LISTED = 10
+_OURS = re.compile(r"(^|\.)lora_(pool|heads)(\.|$)")  # modules that attach put there
 
 
 @dataclass
@@ -67,6 +68,9 @@ def plan(
             elif home in fitted.layers:
                 why = f"is the same module as {home}, and the adapter has factors for both"
             else:
+                if home in head_widths:
+                    offenders.append(f"{path}: another adapter has a full copy of it (modules_to_save)")
+                    continue
                 if home not in fits:
                     target = target_of(module, home, modules.get(home.rpartition(".")[0]))
                     if isinstance(target, str):
@@ -131,7 +135,7 @@ def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
     if not adapter.layers and not adapter.modules_to_save:
         raise ValueError(f"adapter {name!r}: it has no layers")
     for path, layer in adapter.layers.items():
-        if not math.isfinite(layer.scaling):
+        if not abs(layer.scaling) <= torch.finfo(torch.float32).max:  # nor NaN
             raise ValueError(f"adapter {name!r}: {path} has the scaling {layer.scaling}, accepted is a finite number")
         if not all(bool(torch.isfinite(t).all()) for t in layer.tensors()):
             raise ValueError(f"adapter {name!r}: {path} has factors that are not finite")
@@ -144,7 +148,7 @@ def _no_such_module(model: nn.Module, path: str, modules: Mapping[str, nn.Module
     if parameter is not None:
         kind = "a stack of expert weights" if parameter.dim() == 3 else "a parameter"
         return f"is {kind} {list(parameter.shape)}, not a module; adapters on bare parameters are not supported"
-    near = difflib.get_close_matches(path, [p for p in modules if p], n=2)
+    near = difflib.get_close_matches(path, [p for p in modules if p and not _OURS.search(p)], n=2)
     return "no such module" + (f", nearest: {', '.join(near)}" if near else "")
 
 

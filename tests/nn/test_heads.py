@@ -300,3 +300,14 @@ def test_linear_heads_compile_in_inference(widths: dict[str, int | None]) -> Non
             [alone(bare, adapters, e, x[i : i + 1]) for i, e in enumerate(names)],
         )
     torch._dynamo.reset()
+
+
+def test_refusals_beside_a_head_name_the_reason() -> None:
+    bare = Classifier(nn.Linear(12, 3))
+    copies = {"head": {"weight": torch.randn(3, 12), "bias": torch.randn(3)}}
+    model = lf.attach(bare, {"a": LoraAdapter({}, modules_to_save=copies)})
+    with pytest.raises(ValueError, match=r"head: another adapter has a full copy of it \(modules_to_save\)"):
+        lf.add_adapter(model, "b", adapter(bare, ["head"], 1))
+    with pytest.raises(ValueError, match=r"hea: no such module, nearest: head$"):
+        lf.add_adapter(model, "b", LoraAdapter({}, modules_to_save={"hea": copies["head"]}))
+    assert lf.head_sizes(model) == {"head": {None: 3, "a": 3}}

@@ -238,8 +238,8 @@ def _wrong(bare: Mlp, what: str) -> Any:
         return LoraAdapter({**layers, "up": replace(layer, kind="embedding")})
     if what == "nan":
         return LoraAdapter({**layers, "up": replace(layer, lora_b=layer.lora_b * float("nan"))})
-    if what == "scaling":
-        return LoraAdapter({**layers, "up": replace(layer, scaling=float("nan"))})
+    if what.startswith("scaling"):
+        return LoraAdapter({**layers, "up": replace(layer, scaling=float("nan") if what == "scaling" else 1e300)})
     if what == "base-weight":
         return LoraAdapter(layers, base_weights={"up": bare.up.weight + 1})
     if what == "dora":
@@ -269,6 +269,7 @@ REFUSALS = {
     "kind": "up: the adapter's factors are for embedding, the module is linear",
     "nan": "'bad': up has factors that are not finite",
     "scaling": "'bad': up has the scaling nan, accepted is a finite number",
+    "scaling-beyond-fp32": r"'bad': up has the scaling 1e\+300, accepted is a finite number",
     "base-weight": r"up: the adapter brings the base weight .* and the model's differs",
     "dora": r"'bad': up and 0 more layers are DoRA.*lora_fuse\.fuse",
     "biases": "bias='all' or 'lora_only'",
