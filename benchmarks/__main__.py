@@ -126,7 +126,7 @@ def main() -> None:
         _cpu.choose_isa(best)
     summary = "\n".join([
         f"Measured on {here}.\n",
-        "A whole model, MiniLM-L6, rank 8 on query/key/value/dense (interleaved medians, checked against PEFT first):\n",
+        "A whole model, MiniLM-L6, rank 8 on query/key/value/dense (interleaved medians, checked against PEFT):\n",
         model_table(model),
         f"The LoRA part alone, {len(results)} shapes, factors rotated over 128 MB: how many times slower others are.\n",
         summary_table(results),
@@ -139,7 +139,7 @@ def main() -> None:
         "# Benchmarks\n",
         "Written by `make bench`. Every variant is checked against fp64 or PEFT before it is timed.\n",
         summary,
-        "Time over the floor `max(bytes / bandwidth, flops / gemm peak of the arithmetic used) + 3 us`, geometric means; "
+        "Time over the floor `max(bytes / bandwidth, flops / gemm peak of the arithmetic) + 3 us`, geometric means; "
         "the instruction sets below the best on every third shape:\n",
         floor_table(results + others),
         "Every shape, microseconds:\n",

@@ -81,6 +81,11 @@ TensorView host(py::handle t, const char* name) {
   return v;
 }
 
+std::string show(DataType t) {
+  const char* const kind = t.code == dlpack::kFloat ? "float" : t.code == dlpack::kBfloat ? "bfloat" : t.code == dlpack::kInt ? "int" : "type ";
+  return kind + std::to_string(t.bits);
+}
+
 std::string show(const TensorView& v) {
   std::string s = "[";
   for (int i = 0; i < v.ndim; ++i) s += (i ? ", " : "") + std::to_string(v.shape[i]);
@@ -194,7 +199,8 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
   if (av.ndim != 2 || bv.ndim != 2 || !collapse(av, &ar) || !collapse(bv, &br))
     fail("pool_a, pool_b: expected two dimensions and unit stride in the last");
   if (!same(xv.dtype, yv.dtype) || !same(xv.dtype, av.dtype) || !same(xv.dtype, bv.dtype))
-    fail("x, out, pool_a, pool_b: dtypes differ");
+    fail("x, out, pool_a, pool_b: dtypes differ (" + show(xv.dtype) + ", " + show(yv.dtype) + ", " + show(av.dtype) + ", " +
+         show(bv.dtype) + "), accepted is one of float32, bfloat16 and float16 for all four");
   if (xr.cols != ar.cols) fail("x: has " + std::to_string(xr.cols) + " features, pool_a has " + std::to_string(ar.cols));
   if (yr.cols != br.cols) fail("out: has " + std::to_string(yr.cols) + " features, pool_b has " + std::to_string(br.cols));
   if (xr.rows != yr.rows) fail("x, out: shapes " + show(xv) + " and " + show(yv) + " have different numbers of rows");

@@ -247,7 +247,8 @@ void multi_lora(const MultiLora<T>& p) {
   const bool mixed = route.row_starts != nullptr, fits = int64_t(route.num_pairs) * p.max_rank <= H_FLOATS;
   bool by_rows = !mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits || deals_out(p, ranks, threads));
 #ifdef LF_AMX
-  if constexpr (Dot<T>::TILES) by_rows = by_rows && amx_one_slot(p, threads) < 0;
+  if constexpr (Dot<T>::TILES)  // tiles or not must not depend on the number of threads
+    by_rows = (by_rows || (!mixed && amx_any(p))) && amx_one_slot(p, threads) < 0;
 #endif
   if (by_rows) {
     parallel(threads, [&](int thread, int team) {

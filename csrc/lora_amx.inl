@@ -9,7 +9,8 @@
 // stream the plain rows at full bandwidth, and one layout serves every instruction set.
 //
 // Tile sums run in another order than vector dots, so a bf16 row's last bit may depend on whether its adapter has
-// AMX_MIN_ROWS rows in the batch; on nothing else: a row of a tile does not see its neighbours.
+// AMX_MIN_ROWS rows in the batch, and on whether any row of the batch has several pairs (then all go without tiles); on
+// nothing else: a row of a tile does not see its neighbours.
 
 constexpr int AMX_MIN_ROWS = 16, AMX_MAX_RANK = 512;
 constexpr int AMX_K = 512;        // in_features packed at a time
@@ -244,6 +245,14 @@ inline void amx_rows(const MultiLora<bf16>& p, int slot, int begin, int end) {
     amx_expand(split, m, mp, rank, b, p.b.stride, y, p.y.cols);
   }
   _tile_release();
+}
+
+// Whether some slot's rows are the tiles'.
+inline bool amx_any(const MultiLora<bf16>& p) {
+  bool any = false;
+  for (int s = 0; s < p.routing.num_slots; ++s)
+    any |= p.routing.starts[s + 1] - p.routing.starts[s] >= AMX_MIN_ROWS && p.slot_rank[s] <= AMX_MAX_RANK;
+  return any;
 }
 
 // The slot, if all pairs are one slot's, as many as a tile pays for, and it has rank tiles for every thread: split by

@@ -5,7 +5,9 @@ from types import ModuleType
 
 from lora_fuse import functional
 from lora_fuse.adapters.load import load_adapter
-from lora_fuse.adapters.lora import LoraAdapter
+from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
+from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.adapters.routing import Routing
 from lora_fuse.compress.peru_lora import peru_lora
 from lora_fuse.merging.combine import merge
 from lora_fuse.merging.fuse import fuse, unfuse
@@ -14,7 +16,10 @@ from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapter
 from lora_fuse.nn.warmup import warmup
 
 __all__ = [
+    "AdapterPool",
     "LoraAdapter",
+    "LoraLayer",
+    "Routing",
     "adapter_slots",
     "adapters",
     "add_adapter",

@@ -27,7 +27,7 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
 
     Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows,
     their order or the number of threads; one exception, bf16 with AMX tiles: the last bit may depend on whether the
-    row's adapter has 16 rows or more in the batch, on whether any row has several pairs, and on the number of threads.
+    row's adapter has 16 rows or more in the batch and on whether any row has several pairs.
     Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and ``routing.weights``, not in the pool.
 
     Args:

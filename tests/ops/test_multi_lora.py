@@ -180,3 +180,15 @@ def test_half_conversions_are_exact(isa):
     want = (y.double() + x.double() * b.double()).float().half()  # both sums are exact in fp64
     assert (got.view(torch.int16).int() - want.view(torch.int16).int()).abs().max() <= 1
     assert (got == want).float().mean() > 0.999
+
+
+def test_tiles_do_not_depend_on_the_number_of_threads(isa):
+    """Twenty rows of one adapter beside single ones: few enough that many threads would share out features."""
+    pool = make_pool(4, 8, 96, 64, torch.bfloat16)
+    x, index = torch.randn(24, 96).bfloat16(), torch.tensor([0] * 20 + [1, 2, 3, -1])
+    before, got = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        got.append(multi_lora(x, pool, Routing.from_slots(index, 4)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(g, got[0]) for g in got)
