@@ -90,9 +90,14 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, path: str) -> bool:
-        """Whether a list of ``target_modules`` names the module; True where the config has no such list."""
-        if self.target_modules is None or isinstance(self.target_modules, str):
+        """Whether ``target_modules`` names the module, as a list or a regex, PEFT's way; True where it is not set."""
+        if self.target_modules is None or self.target_modules == "all-linear":
             return True
+        if isinstance(self.target_modules, str):
+            try:
+                return re.fullmatch(self.target_modules, path) is not None
+            except re.error as error:
+                raise ValueError(f"target_modules: {self.target_modules!r} is no regex ({error})") from None
         return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
 
 

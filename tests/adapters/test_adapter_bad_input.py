@@ -329,6 +329,7 @@ def test_refused_tensors(config: dict[str, Any], tensors: dict[str, Any], messag
         ({"modules_to_save": ["head", "score"]}, {}, r"modules_to_save: the file has no tensors for any of"),
         ({"target_modules": ["s.0.q", "s.1.q"]}, {}, r"layers\.0\.q: has LoRA tensors"),
         ({"target_modules": ["k"]}, {}, r"layers\.0\.q: has LoRA tensors, but target_modules does not name it"),
+        ({"target_modules": r".*\.1\.q"}, {}, r"layers\.0\.q: has LoRA tensors, but target_modules does not name it"),
     ],
 )
 def test_tolerated_without_strict(config: dict[str, Any], tensors: dict[str, Any], message: str) -> None:
@@ -399,3 +400,8 @@ def test_loading_leaves_the_source_alone(home: Path) -> None:
     assert tensors.keys() == kept.keys()
     assert all(torch.equal(t, kept[key]) for key, t in tensors.items())
     assert {p.name: p.read_bytes() for p in home.iterdir()} == before
+
+
+def test_broken_target_regex_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target_modules: '\(' is no regex"):
+        _load({"target_modules": "("})
