@@ -120,8 +120,13 @@ class Case:
         return errors
 
     def time_us(self, budget_s: float) -> dict[str, float]:
-        """Medians over calls that walk through the factor sets."""
-        timed = {n: lambda i, fn=fn: fn(i % self.sets) for n, fn in (self.variants | self.whole).items()}
+        """Medians over calls that walk through the factor sets, each variant elsewhere: the rivals share their copy."""
+        variants = self.variants | self.whole
+        apart = max(1, self.sets // len(variants))
+        timed = {
+            name: lambda i, fn=fn, first=k * apart: fn((i + first) % self.sets)
+            for k, (name, fn) in enumerate(variants.items())
+        }
         return interleaved_us(timed, budget_s)
 
 
