@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from largest_tensor import Sizes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fuse as lf
 
@@ -148,22 +148,9 @@ def test_repeats_give_the_same_bits() -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-class _Sizes(TorchDispatchMode):
-    """Records the largest tensor that any op returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
-                self.largest = max(self.largest, t.numel())
-        return out
-
-
 def test_never_forms_the_product() -> None:
     m, n, bs_as = 600, 500, _random(600, 500, [16, 16])
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         lf.functional.lowrank_svd(*bs_as, 16)
     assert max(m, n) * 16 < sizes.largest <= max(m, n) * 32 < m * n
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from largest_tensor import Sizes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fuse as lf
 from lora_fuse.adapters.lora import LoraLayer
@@ -332,24 +332,11 @@ def test_paths_and_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().out == ""
 
 
-class _Sizes(TorchDispatchMode):
-    """Records the largest tensor that any op returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
-                self.largest = max(self.largest, t.numel())
-        return out
-
-
 @pytest.mark.parametrize("method", ["linear", "cat", "svd"])
 def test_no_array_of_the_weights_shape(method: str) -> None:
     layers = [LoraLayer(torch.randn(8, 500), torch.randn(400, 8), 0.5) for _ in range(4)]
     adapters = [lf.LoraAdapter({"lin": layer}) for layer in layers]
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         lf.merge(adapters, [0.25, -0.5, 1.0, 2.0], method=method)
     assert 8 * 400 < sizes.largest <= 4 * 8 * 500 < 400 * 500
 

@@ -110,7 +110,6 @@ LAYOUTS = {
     "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
     "transposed": lambda t: t.t().contiguous().t(),
     "expanded": lambda t: t[:1].expand(t.shape),
-    "negative strides of none": lambda t: t.clone(),
 }
 
 
