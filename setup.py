@@ -18,13 +18,18 @@ flags = [
 # OpenMP comes from the libgomp that torch has already loaded (same soname), never from a copy of our own.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
+sources = [f"csrc/{name}.cpp" for name in ("bindings", "dispatch", "eager", "routing", "targets", "tensors")]
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "lora_fuse._cpu",
-            ["csrc/bindings.cpp", "csrc/dispatch.cpp", "csrc/targets.cpp"],
+            sources,
             depends=[
                 "csrc/dlpack_abi.h",
+                "csrc/tensors.h",
+                "csrc/eager.h",
+                "csrc/routing.h",
                 "csrc/views.h",
                 "csrc/parallel.h",
                 "csrc/dispatch.h",

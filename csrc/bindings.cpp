@@ -1,140 +1,23 @@
-// The Python side: tensors to views, checks, GIL release. No arithmetic.
+// The Python side of the kernels: checks, GIL release. No arithmetic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <string>
 
 #include "dispatch.h"
-#include "dlpack_abi.h"
+#include "eager.h"
+#include "routing.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace lora_fuse {
 namespace {
 
-using dlpack::DataType;
-
-const dlpack::ExchangeApi* exchange_api = nullptr;  // set once at import; null: read tensors through their attributes
-
-// A tensor as the kernels need it: up to 8 dimensions, host memory, borrowed.
-struct TensorView {
-  char* data;
-  int ndim;
-  int64_t shape[8], strides[8];
-  DataType dtype;
-  bool on_cpu;
-};
-
-[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
-
-TensorView through_attributes(py::handle t, const char* name) {
-  TensorView v{};
-  if (!py::hasattr(t, "data_ptr")) throw py::type_error(std::string(name) + ": expected a torch.Tensor");
-  v.on_cpu = t.attr("device").attr("type").cast<std::string>() == "cpu";
-  v.data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
-  const py::tuple shape = t.attr("shape"), strides = t.attr("stride")();
-  v.ndim = int(shape.size());
-  if (v.ndim > 8) fail(std::string(name) + ": more than 8 dimensions");
-  for (int i = 0; i < v.ndim; ++i) v.shape[i] = shape[i].cast<int64_t>(), v.strides[i] = strides[i].cast<int64_t>();
-  const std::string dtype = py::str(t.attr("dtype"));
-  if (dtype == "torch.float32") v.dtype = {dlpack::kFloat, 32, 1};
-  else if (dtype == "torch.float16") v.dtype = {dlpack::kFloat, 16, 1};
-  else if (dtype == "torch.bfloat16") v.dtype = {dlpack::kBfloat, 16, 1};
-  else if (dtype == "torch.int32") v.dtype = {dlpack::kInt, 32, 1};
-  return v;  // any other: {0, 0, 0}, which matches nothing
-}
-
-TensorView view(py::handle t, const char* name) {
-  dlpack::Tensor d;
-  if (!exchange_api) return through_attributes(t, name);
-  if (exchange_api->tensor_from_py_object(t.ptr(), &d) != 0) {
-    PyErr_Clear();
-    throw py::type_error(std::string(name) + ": expected a strided torch.Tensor");
-  }
-  if (d.ndim > 8) fail(std::string(name) + ": more than 8 dimensions");
-  TensorView v;
-  v.data = static_cast<char*>(d.data) + d.byte_offset;
-  v.ndim = d.ndim;
-  v.dtype = d.dtype;
-  v.on_cpu = d.device.type == dlpack::kCPU;
-  int64_t dense = 1;
-  for (int i = d.ndim - 1; i >= 0; --i) {
-    v.shape[i] = d.shape[i];
-    v.strides[i] = d.strides ? d.strides[i] : dense;
-    dense *= d.shape[i];
-  }
-  return v;
-}
-
-// Tensors may claim elements and own no memory: freed storages, torch's zero tensors.
-void expect_memory(const TensorView& v, const char* name) {
-  bool empty = false;
-  for (int i = 0; i < v.ndim; ++i) empty |= v.shape[i] == 0;
-  if (!v.data && !empty) fail(std::string(name) + ": its storage is not allocated");
-}
-
-TensorView host(py::handle t, const char* name) {
-  const TensorView v = view(t, name);
-  if (!v.on_cpu) fail(std::string(name) + ": expected a CPU tensor, as x is");
-  expect_memory(v, name);
-  return v;
-}
-
-std::string show(DataType t) {
-  const char* const kind = t.code == dlpack::kFloat ? "float" : t.code == dlpack::kBfloat ? "bfloat" : t.code == dlpack::kInt ? "int" : "type ";
-  return kind + std::to_string(t.bits);
-}
-
-std::string show(const TensorView& v) {
-  std::string s = "[";
-  for (int i = 0; i < v.ndim; ++i) s += (i ? ", " : "") + std::to_string(v.shape[i]);
-  return s + "]";
-}
-
-struct Rows {
-  int64_t rows, cols, stride;
-};
-
-// [..., cols] as [rows, cols] with one stride between rows; false where no such view exists.
-bool collapse(const TensorView& v, Rows* out) {
-  if (v.ndim < 1) return false;
-  const int last = v.ndim - 1;
-  out->cols = v.shape[last];
-  out->rows = 1;
-  out->stride = out->cols;
-  if (out->cols > 1 && v.strides[last] != 1) return false;
-  bool first = true;
-  for (int i = last - 1; i >= 0; --i) {
-    if (v.shape[i] == 1) continue;
-    if (first) out->stride = v.strides[i], first = false;
-    else if (v.shape[i] != 0 && v.strides[i] != out->stride * out->rows) return false;
-    out->rows *= v.shape[i];
-  }
-  return true;
-}
-
-constexpr DataType kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1}, kFloat16{dlpack::kFloat, 16, 1},
-    kBfloat16{dlpack::kBfloat, 16, 1};
-bool same(DataType a, DataType b) { return a.code == b.code && a.bits == b.bits; }
-bool has_kernel(DataType t) { return same(t, kFloat32) || same(t, kBfloat16) || same(t, kFloat16); }
-
-void expect_vector(const TensorView& v, const char* name, DataType dtype, const char* dtype_name, int64_t length) {
-  if (v.ndim != 1 || !same(v.dtype, dtype) || v.shape[0] != length || (length > 1 && v.strides[0] != 1))
-    fail(std::string(name) + ": expected a contiguous " + dtype_name + " tensor of shape [" + std::to_string(length) +
-         "], got shape " + show(v));
-}
-
-// Half-open byte range that a row view touches.
-struct Extent {
-  const char *begin, *end;
-};
-Extent extent(const TensorView& v, const Rows& r) {
-  if (r.rows == 0 || r.cols == 0) return {v.data, v.data};
-  const int64_t size = v.dtype.bits / 8, far = (r.rows - 1) * r.stride;
-  return {v.data + (far < 0 ? far * size : 0), v.data + ((far > 0 ? far : 0) + r.cols) * size};
-}
-bool overlap(Extent a, Extent b) { return a.begin < b.end && b.begin < a.end; }
+bool has_kernel(dlpack::DataType t) { return same(t, kFloat32) || same(t, kBfloat16) || same(t, kFloat16); }
 
 // Every index that a kernel will follow is checked here, before any is followed.
 void check_routing(const RoutingView& r, int64_t num_rows, const int32_t* slot_rank, int max_rank) {
@@ -166,6 +49,8 @@ void check_routing(const RoutingView& r, int64_t num_rows, const int32_t* slot_r
       if (r.rows[i] <= r.rows[i - 1]) fail("rows: must rise within each slot; a row with several pairs needs row_starts and row_pairs");
 }
 
+constexpr int64_t kReleaseGil = 1 << 15;  // multiply-adds, about a microsecond: less is done before another thread wakes
+
 template <class T>
 void run(void (*kernel)(const MultiLora<T>&), const TensorView& x, const Rows& xr, const TensorView& y, const Rows& yr,
          const TensorView& a, const Rows& ar, const TensorView& b, const Rows& br, const int32_t* slot_rank,
@@ -176,6 +61,7 @@ void run(void (*kernel)(const MultiLora<T>&), const TensorView& x, const Rows& x
       {reinterpret_cast<const T*>(a.data), ar.rows, ar.cols, ar.stride},
       {reinterpret_cast<const T*>(b.data), br.rows, br.cols, br.stride},
       slot_rank, slot_scaling, max_rank, routing, workspace, threads};
+  if (int64_t(routing.num_pairs) * max_rank * (xr.cols + yr.cols) < kReleaseGil) return kernel(call);
   py::gil_scoped_release nogil;
   kernel(call);
 }
@@ -183,7 +69,7 @@ void run(void (*kernel)(const MultiLora<T>&), const TensorView& x, const Rows& x
 // pool: (pool_a, pool_b, slot_rank, slot_scaling); route: (rows, weights, segment_starts, row_starts, row_pairs).
 // Adds into out. False, and nothing done, if this is not for us: another device, a dtype without a kernel, or an x that
 // has no [rows, cols] view.
-bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::tuple& route, py::handle workspace, int threads) {
+bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::tuple& route, int threads) {
   if (pool.size() != 4 || route.size() != 5) fail("pool, routing: expected 4 and 5 tensors");
   const auto at = [](const py::tuple& t, int i) { return py::handle(PyTuple_GET_ITEM(t.ptr(), i)); };
   const py::handle pool_a = at(pool, 0), pool_b = at(pool, 1), slot_rank = at(pool, 2), slot_scaling = at(pool, 3);
@@ -242,37 +128,166 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
   if (overlap(y_extent, extent(xv, xr))) fail("x, out: share memory");
   if (overlap(y_extent, extent(av, ar)) || overlap(y_extent, extent(bv, br))) fail("out: shares memory with a pool");
 
-  float* scratch = nullptr;
-  if (!workspace.is_none()) {
-    const TensorView w = host(workspace, "workspace");
-    expect_vector(w, "workspace", kFloat32, "float32", num_pairs * max_rank);
-    scratch = reinterpret_cast<float*>(w.data);
-  } else if (routing.row_starts && num_pairs * max_rank > kStackWorkspace) {
-    fail("workspace: rows with several pairs need one of " + std::to_string(num_pairs * max_rank) + " floats");
-  }
+  std::unique_ptr<float[]> room;  // the intermediate of a whole batch, which rows with several pairs need at once
+  if (routing.row_starts && num_pairs * max_rank > kStackWorkspace) room.reset(new float[num_pairs * max_rank]);
 
   const KernelTable& k = kernels();
   const auto* const scale = reinterpret_cast<float*>(scaling.data);
   if (same(xv.dtype, kFloat32))
-    run(k.multi_lora_f32, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
+    run(k.multi_lora_f32, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, room.get(), threads);
   else if (same(xv.dtype, kBfloat16))
-    run(k.multi_lora_bf16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
+    run(k.multi_lora_bf16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, room.get(), threads);
   else
-    run(k.multi_lora_fp16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, scratch, threads);
+    run(k.multi_lora_fp16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, room.get(), threads);
   return true;
 }
 
-// capsule: torch.Tensor.__dlpack_c_exchange_api__, or None to read tensors through their attributes.
-bool use_exchange_api(py::object capsule) {
-  exchange_api = nullptr;
-  if (capsule.is_none()) return false;
-  auto* header = static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!header) throw py::error_already_set();
-  while (header && header->version.major != dlpack::kMajorVersion) header = header->prev;
-  auto* api = reinterpret_cast<dlpack::ExchangeApi*>(header);
-  if (api && api->tensor_from_py_object) exchange_api = api;
-  return exchange_api != nullptr;
+// One of a routing's arrays, as the caller allocated it: writable, of 4-byte elements.
+struct Array {
+  void* data = nullptr;
+  int64_t length = 0;
+  Array(py::handle owner, const char* name) {
+    if (owner.is_none()) return;
+    Py_buffer b;
+    if (PyObject_GetBuffer(owner.ptr(), &b, PyBUF_WRITABLE) != 0) throw py::error_already_set();
+    data = b.buf, length = b.len / 4;
+    const bool fits = b.itemsize == 4 || b.len == 0;
+    PyBuffer_Release(&b);  // the caller holds the arrays
+    if (!fits) fail(std::string(name) + ": expected 4-byte elements");
+  }
+  void expect(int64_t want, const char* name) const {
+    if (length != want) fail(std::string(name) + ": expected " + std::to_string(want) + " elements, got " + std::to_string(length));
+  }
+};
+
+// fields: NumPy arrays (rows, weights or None, segment_starts, row_starts or None, row_pairs or None), int32 but for the
+// weights, float32; entries: sequences of (slot, weight).
+void fill_routing_py(const py::tuple& fields, const py::sequence& entries, const py::sequence& which, int64_t outer, int64_t inner) {
+  if (fields.size() != 5) fail("routing: expected 5 arrays");
+  const Array rows(fields[0], "rows"), weights(fields[1], "weights"), starts(fields[2], "segment_starts"),
+      row_starts(fields[3], "row_starts"), row_pairs(fields[4], "row_pairs");
+  const int64_t num_slots = starts.length - 1;
+  if (num_slots < 0) fail("segment_starts: expected an element for each slot and one more");
+  std::vector<Entry> parsed;
+  for (const py::handle entry : entries) {
+    Entry pairs;
+    for (const py::handle pair : py::reinterpret_borrow<py::sequence>(entry)) {
+      const py::tuple two = py::cast<py::tuple>(pair);
+      const auto slot = py::cast<int64_t>(two[0]);
+      if (slot < 0 || slot >= num_slots)
+        fail("entries: slot " + std::to_string(slot) + " is out of range, accepted are 0 to " + std::to_string(num_slots - 1));
+      pairs.emplace_back(int(slot), py::cast<float>(two[1]));
+    }
+    std::sort(pairs.begin(), pairs.end());
+    for (size_t i = 1; i < pairs.size(); ++i)
+      if (pairs[i].first == pairs[i - 1].first) fail("entries: slot " + std::to_string(pairs[i].first) + " twice in one entry");
+    parsed.push_back(std::move(pairs));
+  }
+  std::vector<int> chosen;
+  int64_t num_pairs = 0;
+  for (const py::handle k : which) {
+    const auto index = py::cast<int64_t>(k);
+    if (index < 0 || index >= int64_t(parsed.size())) fail("which: entry " + std::to_string(index) + " does not exist");
+    chosen.push_back(int(index));
+    num_pairs += int64_t(parsed[index].size());
+  }
+  const int64_t per_sample = outer * inner, num_rows = int64_t(chosen.size()) * per_sample;
+  num_pairs *= per_sample;
+  if (num_rows > INT32_MAX || num_pairs > INT32_MAX) fail("selection: more than 2**31 - 1 rows or pairs");
+  rows.expect(num_pairs, "rows");
+  if (weights.data) weights.expect(num_pairs, "weights");
+  if (!row_starts.data != !row_pairs.data && num_pairs) fail("row_starts, row_pairs: give both or neither");
+  if (row_starts.data) row_starts.expect(num_rows + 1, "row_starts"), row_pairs.expect(num_pairs, "row_pairs");
+  fill_routing({static_cast<int32_t*>(rows.data), static_cast<float*>(weights.data), static_cast<int32_t*>(starts.data),
+                static_cast<int32_t*>(row_starts.data), static_cast<int32_t*>(row_pairs.data), num_pairs, num_rows, num_slots},
+               parsed, chosen, outer, inner);
 }
+
+// ---- called for every layer: no Python frame, no pybind dispatch ----
+
+struct Names {
+  PyObject *cache, *tensors, *weights, *num_rows, *pool_a, *pool_b, *slot_rank, *slot_scaling, *slot_bias;
+} names{};
+
+py::object get(py::handle object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// The four tensors of an AdapterPool, from its buffers.
+py::tuple pool_tensors(py::handle buffers) {
+  const auto buffer = [&](PyObject* name) {
+    const py::handle t = PyDict_Check(buffers.ptr()) ? PyDict_GetItemWithError(buffers.ptr(), name) : nullptr;
+    if (!t) throw py::type_error("pool: expected the buffers of an AdapterPool");
+    return t;
+  };
+  return py::make_tuple(buffer(names.pool_a), buffer(names.pool_b), buffer(names.slot_rank), buffer(names.slot_scaling));
+}
+
+// multi_lora on the pool's buffers and the routing's tensors, with the version bump that torch would make.
+bool apply(py::handle y, py::handle x, py::handle buffers, const py::object& route) {
+  if (!PyTuple_Check(route.ptr())) fail("routing: expected 5 tensors");
+  if (!multi_lora(y, x, pool_tensors(buffers), py::reinterpret_borrow<py::tuple>(route), num_threads())) return false;
+  bump_version(y);
+  return true;
+}
+
+// What multi_lora does, without torch's dispatcher. False, and nothing done, where the dispatcher has a part to play,
+// where multi_lora would decline and where the rows are not the routing's.
+bool multi_lora_eager(py::handle out, py::handle x, py::handle buffers, py::handle routing) {
+  if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
+  const TensorView v = view(x, "x");
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < v.ndim; ++i) rows *= v.shape[i];
+  if (rows != PyLong_AsLongLong(get(routing, names.num_rows).ptr())) return false;
+  return apply(out, x, buffers, get(routing, names.tensors));
+}
+
+// One layer of a running forward. local: the thread's state, whose `cache` is a dict from the leading dimensions of a CPU
+// input to its Routing (None: no adapter), or None outside a forward. y: the bare layer's output, nobody else's. False,
+// and nothing done, unless all is there and plain.
+bool serve(py::handle y, py::handle x, py::handle local, py::handle buffers) {
+  const py::object cache = get(local, names.cache);
+  // routings made for a forward have no weights that want a gradient
+  if (!PyDict_CheckExact(cache.ptr()) || !may_bypass(x, y, py::none(), true)) return false;
+  const TensorView xv = view(x, "x"), yv = view(y, "y");
+  if (!xv.on_cpu || !same(xv.dtype, yv.dtype) || xv.ndim < 1) return false;
+  const py::tuple lead(xv.ndim - 1);
+  for (int i = 0; i + 1 < xv.ndim; ++i) PyTuple_SET_ITEM(lead.ptr(), i, PyLong_FromLongLong(xv.shape[i]));
+  const py::object routing = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(cache.ptr(), lead.ptr()));
+  if (!routing) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return false;
+  }
+  if (routing.is_none()) return true;
+  const py::handle bias = PyDict_GetItem(buffers.ptr(), names.slot_bias);
+  return bias && bias.is_none() && apply(y, x, buffers, get(routing, names.tensors));
+}
+
+template <bool (*F)(PyObject* const*)>
+PyObject* fastcall(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "expected 4 arguments, got %zd", count);
+  try {
+    return PyBool_FromLong(F(args));
+  } catch (py::error_already_set& e) {
+    e.restore();
+  } catch (py::builtin_exception& e) {
+    e.set_error();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+  }
+  return nullptr;
+}
+
+// (out, x, buffers of the pool, routing) and (y, x, thread state, buffers of the pool)
+bool multi_lora_eager_args(PyObject* const* a) { return multi_lora_eager(a[0], a[1], a[2], a[3]); }
+bool serve_args(PyObject* const* a) { return serve(a[0], a[1], a[2], a[3]); }
+
+PyMethodDef fast_methods[] = {
+    {"multi_lora_eager", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fastcall<multi_lora_eager_args>)), METH_FASTCALL, nullptr},
+    {"serve", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fastcall<serve_args>)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 }  // namespace lora_fuse
@@ -283,6 +298,12 @@ PYBIND11_MODULE(_cpu, m) {
   const char* isa = std::getenv("LORA_FUSE_ISA");
   choose_isa(isa ? isa : "");
   m.def("multi_lora", &multi_lora);
+  const auto name = [](const char* n) { return PyUnicode_InternFromString(n); };
+  names = {name("cache"), name("tensors"), name("weights"), name("num_rows"), name("pool_a"), name("pool_b"), name("slot_rank"), name("slot_scaling"), name("slot_bias")};
+  if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
+  m.def("fill_routing", &fill_routing_py);
+  m.def("may_bypass", [](py::handle x, py::handle weights) { return may_bypass(x, py::none(), weights, false); });
+  m.def("set_eager_queries", &set_eager_queries);
   m.def("use_exchange_api", &use_exchange_api);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_fuse._cpu import multi_lora as _multi_lora
+from lora_fuse._cpu import may_bypass as _may_bypass
+from lora_fuse._cpu import multi_lora_eager as _multi_lora_eager
 from lora_fuse.ops import multi_lora as _op
-from lora_fuse.ops.eager import may_bypass, under_transform
+from lora_fuse.ops.eager import under_transform
 from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
 
 __all__ = ["LowRankSVD", "lowrank_svd", "multi_lora"]
 
-_increment_version = torch._C._increment_version
-_num_threads = torch.get_num_threads
+_compiling = torch.compiler.is_compiling
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.pool import AdapterPool
@@ -44,15 +44,11 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
             or under a functorch transform or forward-mode AD.
     Source: S-LoRA, arXiv:2311.03285, and Punica, arXiv:2310.18547, for the shrink / expand formulation.
     """
-    if may_bypass(x, out, routing.weights):
-        pool_tensors, route = pool.tensors, routing.tensors
-        y = x.new_zeros((*x.shape[:-1], pool.out_features)) if out is None else out
-        if y.numel() != routing.num_rows * pool.out_features:
-            _refuse_rows(x, routing)
-        workspace = None if route[4] is None else _op.workspace(pool_tensors, route)
-        if _multi_lora(y, x, pool_tensors, route, workspace, _num_threads()):
-            if not y.is_inference():
-                _increment_version((y,))
+    if not _compiling():
+        y = out
+        if y is None and _may_bypass(x, routing.weights):
+            y = x.new_zeros((*x.shape[:-1], pool.out_features))
+        if y is not None and _multi_lora_eager(y, x, pool._buffers, routing):
             return y
     return _dispatch(x, pool, routing, out)
 
@@ -65,7 +61,7 @@ def _refuse_rows(x: Tensor, routing: Routing) -> None:
 
 def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None) -> Tensor:
     """Through torch's dispatcher: autograd, transforms, modes, tracing, other devices and dtypes."""
-    if not torch.compiler.is_compiling():
+    if not _compiling():
         _refuse_rows(x, routing)
     if out is not None and under_transform():  # its tangent, its gradient or its batch would be lost
         raise ValueError("out: cannot be given under a functorch transform or forward-mode AD; leave it out")

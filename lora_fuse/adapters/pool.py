@@ -72,9 +72,7 @@ class AdapterPool(nn.Module):
         return buffers["pool_a"], buffers["pool_b"], buffers["slot_rank"], buffers["slot_scaling"]  # type: ignore[return-value]
 
     @torch.no_grad()
-    def write(
-        self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float, lora_bias: Tensor | None = None
-    ) -> None:
+    def write(self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float, lora_bias: Tensor | None = None) -> None:
         """Fill a slot. Other slots' bytes are not touched, so forwards that use them may be running.
 
         Args:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lora_fuse import _cpu
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,52 +137,42 @@ class Routing:
     @classmethod
     def from_samples(
         cls,
-        samples: np.ndarray[Any, Any],
-        slots: np.ndarray[Any, Any],
-        weights: np.ndarray[Any, Any] | None,
-        lead: tuple[int, int, int],
+        entries: Sequence[Sequence[tuple[int, float]]],
+        which: Sequence[int],
+        lead: tuple[int, int],
         num_slots: int,
         device: torch.device | None = None,
         leases: tuple[Any, ...] = (),
     ) -> Routing:
-        """A few (sample, slot, weight) triples, each for all rows of its sample; built on the host, then moved.
+        """An entry per sample, for all rows of that sample; laid out by one pass in C++, then moved.
 
         Args:
-            samples, slots: ``[num_pairs]`` int64, sorted by slot, then sample; a sample may appear several times.
-            weights: ``[num_pairs]`` float32, or None for ones.
-            lead: ``(outer, num_samples, inner)``, the activation's leading dimensions around the batch axis: row
-                ``(o, s, i)`` belongs to sample ``s``.
+            entries: the distinct entries, each the (slot, weight) pairs of an adapter, a mix, or none.
+            which: per sample, the index of its entry.
+            lead: ``(outer, inner)``, the sizes of the activation's leading dimensions before and after the batch axis:
+                row ``(o, s, i)`` belongs to sample ``s``.
             num_slots: slots of the pools this will be used with.
             device: where the routing goes (default: CPU).
+        Raises:
+            ValueError: an index out of range, a slot twice in one entry, or 2**31 rows or pairs and more.
         """
-        outer, num_samples, inner = lead
-        per_sample = outer * inner
-        blocks = np.arange(outer)[:, None] * (num_samples * inner) + np.arange(inner)[None]  # [outer, inner]
-        rows = (samples[:, None] * inner + blocks.reshape(1, -1)).reshape(-1)
-        pairs = np.repeat(np.arange(samples.size), per_sample)
-        if outer > 1:  # a sample's rows are scattered, so concatenation is not yet the order by row
-            order = np.lexsort((rows, slots[pairs]))
-            rows, pairs = rows[order], pairs[order]
-        starts = np.zeros(num_slots + 1, np.int32)
-        np.cumsum(np.bincount(slots, minlength=num_slots) * per_sample, out=starts[1:])
-        row_starts = row_pairs = None
-        if samples.size > 1 and np.bincount(samples).max() > 1:
-            row_pairs = np.argsort(rows, kind="stable").astype(np.int32)
-            row_starts = np.zeros(outer * num_samples * inner + 1, np.int32)
-            np.cumsum(np.bincount(rows, minlength=row_starts.size - 1), out=row_starts[1:])
-
-        def tensor(array: np.ndarray[Any, Any] | None) -> Any:
-            return None if array is None else torch.from_numpy(array).to(device)
-
-        return cls(
-            tensor(rows.astype(np.int32)),
-            tensor(None if weights is None else weights[pairs]),
-            tensor(starts),
-            tensor(row_starts),
-            tensor(row_pairs),
-            outer * num_samples * inner,
-            leases,
+        outer, inner = lead
+        lengths = [len(entry) for entry in entries]
+        num_pairs = sum([lengths[k] for k in which]) * outer * inner
+        num_rows = len(which) * outer * inner
+        weighted = [1 for entry in entries for _, weight in entry if weight != 1.0]
+        mixed = max(lengths, default=0) > 1
+        arrays = (
+            np.empty(num_pairs, np.int32),
+            np.empty(num_pairs, np.float32) if weighted else None,
+            np.empty(num_slots + 1, np.int32),
+            np.empty(num_rows + 1, np.int32) if mixed else None,
+            np.empty(num_pairs, np.int32) if mixed else None,
         )
+        _cpu.fill_routing(arrays, entries, which, outer, inner)
+        fields: list[Any] = [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
+        rows, weights, starts, row_starts, row_pairs = fields
+        return cls(rows, weights, starts, row_starts, row_pairs, num_rows, leases)
 
     def explicit(self) -> Routing:
         """The same routing with no field None: weights of one and the pairs of each row are spelled out."""

@@ -33,7 +33,7 @@ def _add_positions(layer: AdaptedModule, y: Tensor, x: Tensor) -> Tensor:
     height, width = y.shape[-2:]
     routing = None
     if not torch.compiler.is_compiling():
-        routing = serving.routing_of((x.shape[0], height * width), pool.pool_a.device, layer.lora_path)
+        routing = serving.routing((x.shape[0], height * width), pool.pool_a.device, layer.lora_path)
         if routing is None:
             return y
     columns = _columns(cast(nn.Conv2d, layer), x).contiguous().neg()  # y - (-delta), see linear._negated

@@ -20,7 +20,7 @@ def _add_rows(layer: AdaptedModule, y: Tensor, ids: Tensor, scale: Tensor | floa
     if torch.compiler.is_compiling():
         rows, weights, segment_starts, _, _ = traced_routing(layer.lora_serving, ids.unsqueeze(-1))
     else:
-        routing = layer.lora_serving.routing_of(tuple(ids.shape), columns.device, layer.lora_path)
+        routing = layer.lora_serving.routing(tuple(ids.shape), columns.device, layer.lora_path)
         if routing is None:
             return y
         rows, weights, segment_starts = routing.rows, routing.weights, routing.segment_starts

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_fuse.nn.linear import AdaptedModule, rebuildable, wrapped_class
 from lora_fuse.nn.selection import Published, Snapshot
 from lora_fuse.nn.serving import Serving
-from lora_fuse.nn.traced import snapshot_of
+from lora_fuse.nn.traced import run_as_plain_python, snapshot_of
 from lora_fuse.ops._library import LIBRARY
 
 if TYPE_CHECKING:
@@ -237,6 +237,9 @@ def _run_heads(
     return HeadRun("a head", copies, run, True)(snapshot, seq, (x,), {})  # type: ignore[no-any-return]
 
 
+run_as_plain_python(_run_heads)
+
+
 def _fake_heads(
     x: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor | None, handle: int, site: int, width: int
 ) -> Tensor:
@@ -251,8 +254,8 @@ def owners_of(snapshot: Snapshot, copies: Mapping[int, nn.Module]) -> list[int]:
     """Per entry (or token), the slot whose copy it uses, or -1 for the base model's module."""
     if snapshot.tokens is not None:
         return [slot if slot in copies else _BASE for slot in snapshot.tokens.tolist()]
-    owners = [next((slot for slot in slots if slot in copies), _BASE) for slots in snapshot.entry_slots]
-    return [owners[k] for k in snapshot.which.tolist()]
+    owners = [next((slot for slot, _ in entry if slot in copies), _BASE) for entry in snapshot.entries]
+    return [owners[k] for k in snapshot.which]
 
 
 def _rows(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_fuse._cpu import serve as _serve  # the whole of routing() and add_lora() for a layer of a running forward
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
@@ -95,10 +96,11 @@ class MultiLoRALinear(AdaptedModule, nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return add_lora_traced(y, x, self.lora_pool, self.lora_serving)
-        routing = self.lora_serving.routing(x, self.lora_path)
-        if routing is None:
+        pool: AdapterPool = self._modules["lora_pool"]  # type: ignore[assignment]
+        if _serve(y, x, self.lora_serving.local, pool._buffers):
             return y
-        return add_lora(y, x, self._modules["lora_pool"], routing, True)  # type: ignore[arg-type]
+        routing = self.lora_serving.routing(tuple(x.shape[:-1]), x.device, self.lora_path)
+        return y if routing is None else add_lora(y, x, pool, routing, True)
 
 
 class WrappedLinear(AdaptedModule):
@@ -121,12 +123,13 @@ class WrappedLinear(AdaptedModule):
                 f"{self.lora_path}: its forward returned {type(y).__name__}, a Linear-like module returns a Tensor"
             )
         pool = self.lora_pool
+        fresh = self.lora_fresh and base_forward is None
+        if fresh and _serve(y, x, self.lora_serving.local, pool._buffers):
+            return y
         if x.device != pool.pool_a.device:  # an offloading hook moved the input inside the wrapped forward
             x = x.to(pool.pool_a.device)
-        routing = self.lora_serving.routing(x, self.lora_path)
-        if routing is None:
-            return y
-        return add_lora(y, x, pool, routing, self.lora_fresh and base_forward is None)
+        routing = self.lora_serving.routing(tuple(x.shape[:-1]), x.device, self.lora_path)
+        return y if routing is None else add_lora(y, x, pool, routing, fresh)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuildable(type(self), super().__reduce_ex__(protocol))

@@ -139,40 +139,35 @@ class Snapshot:
         ValueError: a name is no longer attached, a token's slot changed hands, or two heads would claim one sample.
     """
 
-    __slots__ = ("base", "batch_dim", "caches", "entry_slots", "kind", "leases", "num_samples", "num_slots", "samples",
-                 "slots", "tokens", "weights", "which")  # fmt: skip
+    __slots__ = ("base", "batch_dim", "caches", "entries", "kind", "leases", "num_samples", "num_slots", "tokens",
+                 "which")  # fmt: skip
+
+    entries: tuple[tuple[tuple[int, float], ...], ...]  # (slot, weight) pairs of each distinct entry
+    which: tuple[int, ...]  # per sample, its index in `entries`
 
     def __init__(
         self, selection: Selection, published: Published, num_slots: int, expand: int = 1, batch_dim: int = 0
     ) -> None:
         self.kind, self.num_slots, self.batch_dim = selection.kind, num_slots, batch_dim
-        self.caches: dict[int | None, dict[Any, Routing]] = {}
+        self.caches: dict[int | None, dict[Any, Routing | None]] = {}
         self.tokens = selection.tokens
         if self.tokens is not None:
             self._resolve_tokens(selection, published)
             return
         for entry in selection.entries:
             _refuse_two_heads(entry, published)
-        pairs = [(published.lease(name), weight) for entry in selection.entries for name, weight in entry]
-        self.leases = tuple({lease.index: lease for lease, _ in pairs}.values())
-        slots = np.array([lease.index for lease, _ in pairs], np.int64)
-        which = np.array(selection.which, np.int64)
+        leases: dict[int, SlotLease] = {}
+        pairs = []
+        for entry in selection.entries:
+            found = [(published.lease(name), weight) for name, weight in entry]
+            leases.update([(lease.index, lease) for lease, _ in found])
+            pairs.append(tuple([(lease.index, weight) for lease, weight in found]))
+        self.entries, self.leases = tuple(pairs), tuple(leases.values())
+        which = selection.which
         if expand > 1 and self.kind == "samples":
-            which = which.repeat(expand)
-        self.which, self.num_samples = which, which.size
-        self.entry_slots = tuple(tuple(published.lease(name).index for name, _ in e) for e in selection.entries)
-        # An entry's pairs lie side by side in `slots`; give them to each of its samples, then sort by slot.
-        lengths = np.array([len(entry) for entry in selection.entries], np.int64)
-        firsts = lengths.cumsum() - lengths
-        counts = lengths[which]
-        samples = np.arange(which.size).repeat(counts)
-        ends = counts.cumsum()
-        pair = np.arange(samples.size) - (ends - counts - firsts[which]).repeat(counts)
-        order = np.argsort(slots[pair], kind="stable")  # samples ascend already
-        self.slots, self.samples = slots[pair][order], samples[order]
-        plain = all(weight == 1.0 for _, weight in pairs)
-        self.weights = None if plain else np.array([weight for _, weight in pairs], np.float32)[pair][order]
-        self.base = not samples.size
+            which = tuple([k for k in which for _ in range(expand)])
+        self.which, self.num_samples = which, len(which)
+        self.base = not leases
 
     def _resolve_tokens(self, selection: Selection, published: Published) -> None:
         assert self.tokens is not None
@@ -185,10 +180,8 @@ class Snapshot:
                     "selection was made; read adapter_slots() again"
                 )
         self.num_samples = int(self.tokens.shape[0])
-        self.slots = self.samples = self.which = np.zeros(0, np.int64)
-        self.weights = None
         self.leases = tuple(by_slot[slot] for slot, _ in selection.tenants)
-        self.entry_slots = ()
+        self.entries = self.which = ()
         self.base = not selection.tenants
 
     def require_one_entry(self, path: str) -> None:
@@ -199,8 +192,11 @@ class Snapshot:
                 "select one entry for the whole batch"
             )
 
-    def cache(self, seq: int | None) -> dict[Any, Routing]:
-        """Routings built so far for forwards of this sequence length (None: not known), by input shape and device."""
+    def cache(self, seq: int | None) -> dict[Any, Routing | None]:
+        """Routings built so far for forwards of this sequence length (None: not known); None: no row has an adapter.
+
+        Keys are leading dimensions on the CPU (csrc/bindings.cpp looks there), ``(dimensions, device)`` elsewhere.
+        """
         cache = self.caches.get(seq)
         if cache is None:
             if len(self.caches) >= _MAX_CACHED:
@@ -208,15 +204,15 @@ class Snapshot:
             cache = self.caches[seq] = {}
         return cache
 
-    def lead(self, shape: tuple[int, ...], seq: int | None, path: str) -> tuple[int, int, int]:
-        """``(outer, num_samples, inner)`` for an input whose leading dimensions are ``shape``.
+    def lead(self, shape: tuple[int, ...], seq: int | None, path: str) -> tuple[int, int]:
+        """The sizes of ``shape``, an input's leading dimensions, before and after the batch axis.
 
         Raises:
             ValueError: the batch axis is not where it should be; the module's path is named.
         """
         rows = math.prod(shape)
         if self.kind == "uniform":
-            return 1, 1, rows
+            return 1, rows
         n, axis = self.num_samples, self.batch_dim
         if self.kind == "tokens":
             if rows != n:
@@ -224,14 +220,14 @@ class Snapshot:
                     f"{path}: the selection has a slot for each of {n} tokens, this input has {rows} rows "
                     f"(leading dimensions {list(shape)})"
                 )
-            return 1, n, 1
+            return 1, 1
         if axis < len(shape) and shape[axis] == n:
-            return math.prod(shape[:axis]), n, math.prod(shape[axis + 1 :])
+            return math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
         if shape and seq is not None and shape[0] == n * seq:  # [batch * seq, ...], or [seq * batch, ...]
             inner = math.prod(shape[1:])
-            return (1, n, seq * inner) if axis == 0 else (seq, n, inner)
+            return (1, seq * inner) if axis == 0 else (seq, inner)
         if len(shape) == 1 and shape[0] == n:  # [batch, features] in a model with batch_dim=1
-            return 1, n, 1
+            return 1, 1
         flat = "" if seq is None else f", nor [batch * seq, ...] = [{n * seq}, ...]"
         want = "[" + "seq, " * axis + f"batch = {n}, ...]"
         raise ValueError(
@@ -239,28 +235,58 @@ class Snapshot:
             f"{want}{flat}; select one entry for the whole batch, give a slot per token, or attach with batch_dim="
         )
 
-    def routing(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
-        """The routing of an input with these leading dimensions; built once, then shared by all layers."""
+    def routing(
+        self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str, check: bool = False
+    ) -> Routing | None:
+        """The routing of an input with these leading dimensions, or None: base. Built once, then shared by all layers.
+
+        Args:
+            check: nobody has checked the selection's length yet.
+        Raises:
+            ValueError: see ``lead``.
+        """
         cache = self.cache(seq)
-        key = (device, shape)  # layers keep (full shape, device) shortcuts beside it
+        key = shape if device.type == "cpu" else (shape, device)
         routing = cache.get(key)
-        if routing is not None:
-            return routing
-        lead = self.lead(shape, seq, path)
-        with torch.inference_mode(False), torch.no_grad():  # it may be saved for a later backward
-            if self.kind == "tokens":
-                assert self.tokens is not None
-                routing = Routing.from_slots(self.tokens.to(device), self.num_slots, self.leases)
-            else:
-                routing = Routing.from_samples(
-                    self.samples, self.slots, self.weights, lead, self.num_slots, device, self.leases
-                )
-        # Autograd saves tensors, not this object: the slots stay on loan for as long as a graph holds the rows.
-        routing.rows.lora_leases = self.leases  # type: ignore[attr-defined]
+        if routing is None:
+            if not self.base:
+                routing = self._build(shape, device, seq, path)
+            elif check or self.kind == "tokens":  # how many tokens there are, the outermost forward cannot tell
+                self.lead(shape, seq, path)
+            self._keep(cache, key, routing)
+        return routing
+
+    def explicit_routing(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
+        """The same with no field None and no None for base: compiled code wants one form."""
+        cache, key = self.cache(seq), ("explicit", shape, device)
+        routing = cache.get(key)
+        if routing is None:
+            with torch.inference_mode(False), torch.no_grad():
+                routing = self._build(shape, device, seq, path).explicit()
+            self._keep(cache, key, routing)
+        return routing
+
+    @staticmethod
+    def _keep(cache: dict[Any, Routing | None], key: Any, routing: Routing | None) -> None:
         if len(cache) >= _MAX_CACHED:
             cache.clear()
         cache[key] = routing
+
+    def _build(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
+        lead = self.lead(shape, seq, path)
+        if torch.is_inference_mode_enabled():  # it may be saved for a later backward
+            with torch.inference_mode(False):
+                routing = self._routing(lead, device)
+        else:
+            routing = self._routing(lead, device)
+        # Autograd saves tensors, not this object: the slots stay on loan for as long as a graph holds the rows.
+        routing.rows.lora_leases = self.leases  # type: ignore[attr-defined]
         return routing
+
+    def _routing(self, lead: tuple[int, int], device: torch.device) -> Routing:
+        if self.tokens is None:
+            return Routing.from_samples(self.entries, self.which, lead, self.num_slots, device, self.leases)
+        return Routing.from_slots(self.tokens.to(device), self.num_slots, self.leases)
 
 
 def _refuse_two_heads(entry: Entry, published: Published) -> None:

@@ -67,7 +67,7 @@ class _Local(threading.local):
 
     snapshot: Snapshot | None = None
     seq: int | None = None
-    cache: dict[Any, Routing] | None = None
+    cache: dict[Any, Routing | None] | None = None
     outer: tuple[Any, ...] = ()
     contexts: tuple[Context, ...] = ()
     expand: int = 1
@@ -174,33 +174,11 @@ class Serving:
         local = self.local
         return (local.snapshot, local.seq) if local.snapshot is not None else self._ambient()
 
-    def routing(self, x: Tensor, path: str) -> Routing | None:
-        """Routing of a Linear's input ``[..., in_features]``, or None when the selection is all base."""
-        local = self.local
-        snapshot = local.snapshot
-        if snapshot is None:
-            return self.routing_of(tuple(x.shape[:-1]), x.device, path)
-        if snapshot.base:
-            if snapshot.kind == "tokens":  # the outermost forward cannot tell how many there are
-                snapshot.lead(tuple(x.shape[:-1]), local.seq, path)
-            return None
-        cache = local.cache
-        key = (x.shape, x.device)
-        routing = cache.get(key)  # type: ignore[union-attr]
-        if routing is None:
-            routing = snapshot.routing(tuple(x.shape[:-1]), x.device, local.seq, path)
-            cache[key] = routing  # type: ignore[index]
-        return routing
-
-    def routing_of(self, lead: tuple[int, ...], device: torch.device, path: str) -> Routing | None:
-        """Routing of an input with these leading dimensions, or None when the selection is all base."""
+    def routing(self, lead: tuple[int, ...], device: torch.device, path: str) -> Routing | None:
+        """Routing of a layer's input with these leading dimensions, or None when the selection is all base."""
         snapshot, seq = self.current()
-        if snapshot.base:
-            # A layer called on its own, or a slot per token: no outermost forward has checked the length.
-            if self.local.snapshot is None or snapshot.kind == "tokens":
-                snapshot.lead(lead, seq, path)
-            return None
-        return snapshot.routing(lead, device, seq, path)
+        # A layer called on its own: no outermost forward has checked the length.
+        return snapshot.routing(lead, device, seq, path, check=self.local.snapshot is None)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start an outermost forward: take the selection, check its length once.

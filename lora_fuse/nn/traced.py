@@ -27,6 +27,16 @@ LIBRARY.define(
 )
 
 
+def run_as_plain_python(function: Callable[..., Any]) -> None:
+    """Keep dynamo from compiling this function as a frame of its own; tracing through a call of it still works.
+
+    ``torch.compiler.disable`` would be a graph break there, and importing it costs a second.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
 def _serving(handle: int) -> Serving:
     serving = BY_HANDLE.get(handle)
     if serving is None:
@@ -53,17 +63,16 @@ def _current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> t
     snapshot, seq = snapshot_of(token, handle)
     if one_entry:
         snapshot.require_one_entry("an attached expert")
-    routing = snapshot.routing(tuple(x.shape[:-1]), x.device, seq, "an attached layer")
-    cache, key = snapshot.cache(seq), ("explicit", x.device, x.shape[:-1])
-    if key not in cache:
-        with torch.inference_mode(False), torch.no_grad():
-            cache[key] = routing.explicit()
-    routing = cache[key]
+    routing = snapshot.explicit_routing(tuple(x.shape[:-1]), x.device, seq, "an attached layer")
     # An op's outputs are the caller's to overwrite, so they are copies.
     fields = (routing.rows, routing.weights, routing.segment_starts, routing.row_starts, routing.row_pairs)
     copies = tuple(t.clone() for t in fields if t is not None)
     copies[0].lora_leases = routing.leases  # type: ignore[attr-defined]
     return copies
+
+
+run_as_plain_python(_pin)  # where a graph broke, dynamo would look into the ops that run between its pieces
+run_as_plain_python(_current)
 
 
 def _fake_current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> tuple[Tensor, ...]:
@@ -86,16 +95,6 @@ torch.library.register_fake(
     "lora_fuse::pin_selection", lambda x, handle: x.new_empty(1, dtype=torch.int64), lib=LIBRARY
 )
 torch.library.register_fake("lora_fuse::current_routing", _fake_current, lib=LIBRARY)
-
-
-def run_as_plain_python(function: Callable[..., Any]) -> None:
-    """Keep dynamo from compiling this function as a frame of its own; tracing through a call of it still works.
-
-    ``torch.compiler.disable`` would be a graph break there, and importing it costs a second.
-    """
-    frames = torch._C._dynamo.eval_frame
-    skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 
 
 def pin(serving: Serving, x: Tensor | None) -> None:

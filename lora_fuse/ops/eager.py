@@ -1,4 +1,10 @@
-"""When an op may skip torch's dispatcher and call its kernel directly."""
+"""When an op may skip torch's dispatcher and call its kernel directly.
+
+The kernels ask torch themselves (csrc/eager.cpp), so that a call costs no Python frames; this module says whom to ask.
+The fast path is for plain tensors in plain eager mode with nothing to record. It is left under autograd, jit or fx
+tracing, functorch transforms, forward-mode AD, dispatch or function modes and autocast, and for tensor subclasses:
+there the dispatcher knows what to do. ``torch.compile`` does not trace C++: its check stays with the Python callers.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +12,29 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lora_fuse import _cpu
+
 _C = torch._C
-_grad_enabled = torch.is_grad_enabled
-_dispatch_modes = _C._len_torch_dispatch_stack
-_function_mode = _C._is_torch_function_mode_enabled
 _functorch_level = _C._functorch.maybe_current_level
-_autocast = torch.is_autocast_enabled
 _compiling = torch.compiler.is_compiling
-_tracing = _C._get_tracing_state
 _forward_ad = torch.autograd.forward_ad
 
-
-def may_bypass(x: Tensor, out: Tensor | None, weights: Tensor | None) -> bool:
-    """True for plain tensors in plain eager mode with nothing to record.
-
-    False under autograd, torch.compile, jit or fx tracing, functorch transforms, forward-mode AD, dispatch or function
-    modes and autocast, and for tensor subclasses: there the dispatcher knows what to do.
-    """
-    if _compiling():
-        return False
-    kind = type(x)
-    if (kind is not Tensor and kind is not Parameter) or (out is not None and type(out) is not Tensor):
-        return False
-    if _grad_enabled() and (
-        x.requires_grad or (weights is not None and weights.requires_grad) or (out is not None and out.requires_grad)
-    ):
-        return False
-    if x.is_neg() or (out is not None and out.is_neg()):  # the memory holds the negative
-        return False
-    return not (
-        _dispatch_modes()
-        or _function_mode()
-        or _functorch_level() is not None
-        or _forward_ad._current_level >= 0  # a dual tensor may be among the arguments
-        or _autocast("cpu")
-        or _tracing() is not None
-    )
+_cpu.use_exchange_api(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+_cpu.set_eager_queries(
+    {
+        "tensor_type": Tensor,
+        "parameter_type": Parameter,
+        "grad_enabled": torch.is_grad_enabled,
+        "dispatch_modes": _C._len_torch_dispatch_stack,
+        "function_mode": _C._is_torch_function_mode_enabled,
+        "functorch_level": _functorch_level,
+        "any_autocast": _C._is_any_autocast_enabled,
+        "tracing_state": _C._get_tracing_state,
+        "forward_ad": _forward_ad,
+        "increment_version": _C._increment_version,
+        "num_threads": torch.get_num_threads,
+    }
+)
 
 
 def under_transform() -> bool:

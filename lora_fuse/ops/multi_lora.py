@@ -11,7 +11,6 @@ from torch import Tensor
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
 
-_cpu.use_exchange_api(getattr(Tensor, "__dlpack_c_exchange_api__", None))
 PoolTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 RoutingTensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,23 +21,15 @@ LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}) -> Tensor")
 LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> ()")
 
 
-def workspace(pool: PoolTensors, routing: RoutingTensors) -> Tensor | None:
-    """Room for the intermediate of a whole batch, which rows with several pairs need; None where the stack will do."""
-    if routing[4] is None:
-        return None
-    size = routing[0].shape[0] * (pool[0].shape[0] // max(pool[2].shape[0], 1))
-    return torch.empty(size) if size > _cpu.STACK_WORKSPACE else None
-
-
 def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
     pool, routing = args[:4], args[4:]
     if x.is_conj() or x.is_neg():
         x = x.resolve_conj().resolve_neg()
     threads = torch.get_num_threads()
-    if _cpu.multi_lora(out, x, pool, routing, workspace(pool, routing), threads):
+    if _cpu.multi_lora(out, x, pool, routing, threads):
         return
     if x.dtype in KERNEL_DTYPES:  # no [rows, features] view of it exists
-        _cpu.multi_lora(out, x.contiguous(), pool, routing, workspace(pool, routing), threads)
+        _cpu.multi_lora(out, x.contiguous(), pool, routing, threads)
     else:
         _composite_(out, x, *args)
 

@@ -159,7 +159,7 @@ def test_tensors_are_read_without_the_exchange_api_too():
     try:
         assert torch.equal(big_call(), want)
         with pytest.raises(TypeError, match=r"expected a torch\.Tensor"):
-            _cpu.multi_lora(1, 2, (1, 2, 3, 4), (1, 2, 3, 4, 5), None, 1)
+            _cpu.multi_lora(1, 2, (1, 2, 3, 4), (1, 2, 3, 4, 5), 1)
     finally:
         assert _cpu.use_exchange_api(api) is (api is not None)
 
