@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "bind.h"
 #include "dispatch.h"
 #include "eager.h"
 #include "routing.h"
@@ -308,5 +309,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("choose_isa", &choose_isa);
+  bind_topk(m);
+  bind_sparse(m);
   m.attr("STACK_WORKSPACE") = kStackWorkspace;
 }

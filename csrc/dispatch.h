@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "sparse.h"
+#include "topk.h"
 #include "views.h"
 
 namespace lora_fuse {
@@ -13,6 +15,8 @@ struct KernelTable {
   void (*multi_lora_f32)(const MultiLora<float>&);
   void (*multi_lora_bf16)(const MultiLora<bf16>&);
   void (*multi_lora_fp16)(const MultiLora<fp16>&);
+  TopkKernels topk;
+  SparseKernels sparse;
 };
 
 // One per instruction set, defined in targets.cpp; worst first.

@@ -22,6 +22,8 @@ constexpr int64_t PARALLEL_MIN_WORK = 48 * 1024;
 namespace baseline {
 #include "simd.inl"
 #include "lora.inl"
+#include "topk.inl"
+#include "sparse.inl"
 }  // namespace baseline
 #undef LF_WIDTH
 
@@ -34,6 +36,8 @@ namespace baseline {
 namespace avx2 {
 #include "simd.inl"
 #include "lora.inl"
+#include "topk.inl"
+#include "sparse.inl"
 }  // namespace avx2
 #undef LF_WIDTH
 #pragma GCC pop_options
@@ -44,6 +48,8 @@ namespace avx2 {
 namespace avx512 {
 #include "simd.inl"
 #include "lora.inl"
+#include "topk.inl"
+#include "sparse.inl"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -72,16 +78,18 @@ namespace amx_bf16 {
 std::vector<const KernelTable*> compiled_tables() {
   static const std::vector<KernelTable> tables = [] {
     std::vector<KernelTable> t;
-    const auto add = [&](const char* name, void (*fill)(KernelTable&)) {
-      t.push_back({name, nullptr, nullptr, nullptr});
-      fill(t.back());
+    const auto add = [&](const char* name, void (*lora)(KernelTable&), void (*topk)(TopkKernels&), void (*sparse)(SparseKernels&)) {
+      t.push_back({name, nullptr, nullptr, nullptr, {}, {}});
+      lora(t.back());
+      topk(t.back().topk);
+      sparse(t.back().sparse);
     };
-    add("baseline", baseline::fill);
+    add("baseline", baseline::fill, baseline::fill_topk, baseline::fill_sparse);
 #ifdef LF_X86
-    add("avx2", avx2::fill);
-    add("avx512", avx512::fill);
-    add("avx512_bf16", avx512_bf16::fill);
-    add("amx_bf16", amx_bf16::fill);
+    add("avx2", avx2::fill, avx2::fill_topk, avx2::fill_sparse);
+    add("avx512", avx512::fill, avx512::fill_topk, avx512::fill_sparse);
+    add("avx512_bf16", avx512_bf16::fill, avx512::fill_topk, avx512::fill_sparse);
+    add("amx_bf16", amx_bf16::fill, avx512::fill_topk, avx512::fill_sparse);
 #endif
     return t;
   }();

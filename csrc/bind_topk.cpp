@@ -1,0 +1,9 @@
+#include <pybind11/pybind11.h>
+
+#include "bind.h"
+
+namespace lora_fuse {
+
+void bind_topk(pybind11::module_&) {}
+
+}  // namespace lora_fuse
