@@ -8,18 +8,24 @@ from lora_fuse.adapters.load import load_adapter
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
+from lora_fuse.adapters.sparse_adapter import SparseAdapter
+from lora_fuse.compress.peru_fft import Peru, peru_fft
 from lora_fuse.compress.peru_lora import peru_lora
 from lora_fuse.merging.combine import merge
 from lora_fuse.merging.fuse import fuse, unfuse
 from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swap_adapter
 from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapters, use_adapters
 from lora_fuse.nn.warmup import warmup
+from lora_fuse.sparse import SparseMatrix
 
 __all__ = [
     "AdapterPool",
     "LoraAdapter",
     "LoraLayer",
+    "Peru",
     "Routing",
+    "SparseAdapter",
+    "SparseMatrix",
     "adapter_slots",
     "adapters",
     "add_adapter",
@@ -30,6 +36,7 @@ __all__ = [
     "head_sizes",
     "load_adapter",
     "merge",
+    "peru_fft",
     "peru_lora",
     "remove_adapter",
     "set_adapters",

@@ -1,0 +1,182 @@
+"""Which parameter of a model gets which treatment under PERU-FFT, and whether the fine-tunes fit the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
+
+from lora_fuse.merging.weights import Entry, Weights
+
+Treatment: TypeAlias = Literal["pruned", "dense", "shared", "head"]
+Patterns: TypeAlias = str | Sequence[str]
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names are canonical: where several share memory in the base, the first one.
+
+    Args:
+        treatments: name -> what becomes of it; the base's names in its order, then heads that it lacks.
+        aliases: other name -> canonical name, the base's.
+        tasks: task -> the fine-tune under canonical names, heads included; floats in the base's dtypes, heads as given.
+        notes: what was left out, for the report.
+    """
+
+    treatments: Mapping[str, Treatment]
+    aliases: Mapping[str, str]
+    tasks: Mapping[str, Weights]
+    notes: Sequence[str]
+
+    def named(self, *treatments: Treatment) -> list[str]:
+        return [name for name, treatment in self.treatments.items() if treatment in treatments]
+
+
+def make_plan(
+    base: Weights, finetuned: Mapping[str, Weights], exclude: Patterns, shared: Patterns, heads: Patterns
+) -> Plan:
+    """Sort every parameter by treatment, and fit the fine-tunes to the base.
+
+    Raises:
+        ValueError: a pattern matches nothing, a parameter matches two kinds of pattern, part of the names of one
+            shared tensor are heads, or a fine-tune has other names or shapes than the base.
+    """
+    kinds: dict[Treatment, list[str]] = {
+        "dense": _patterns("exclude", exclude),
+        "shared": _patterns("shared", shared),
+        "head": _patterns("heads", heads),
+    }
+    everything = {name for weights in (base, *finetuned.values()) for name in (*weights, *weights.aliases)}
+    for argument, patterns in zip(("exclude", "shared", "heads"), kinds.values(), strict=True):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in everything):
+                raise ValueError(f"{argument}: {pattern!r} matches no parameter; names look like {_few(base)}")
+
+    def kind_of(name: str) -> Treatment | None:
+        found = [kind for kind, patterns in kinds.items() if any(matches(name, p) for p in patterns)]
+        if len(found) > 1:
+            words = {"dense": "exclude", "shared": "shared", "head": "heads"}
+            raise ValueError(f"{' and '.join(words[f] for f in found)}: both match {name!r}; a parameter is one thing")
+        return found[0] if found else None
+
+    treatments: dict[str, Treatment] = {}
+    for name, entry in base.entries.items():
+        names = [name, *(alias for alias, first in base.aliases.items() if first == name)]
+        asked = {n: kind for n in names if (kind := kind_of(n)) is not None}
+        if len(set(asked.values())) > 1 or ("head" in asked.values() and len(asked) < len(names)):
+            raise ValueError(
+                f"heads, shared, exclude: {', '.join(map(repr, names))} are one tensor in the base (tied weights), so "
+                "the patterns have to treat them alike; untie them first if they are to differ"
+            )
+        treatments[name] = next(iter(asked.values()), "pruned" if _prunable(entry) else "dense")
+    notes: list[str] = []
+    tasks = {task: _fit(base, weights, treatments, kinds["head"], notes) for task, weights in finetuned.items()}
+    for weights in tasks.values():
+        treatments.update(dict.fromkeys((name for name in weights if name not in treatments), "head"))
+    return Plan(treatments, base.aliases, tasks, notes)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell-style pattern matches a parameter's name, or the path of a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _patterns(argument: str, given: Patterns) -> list[str]:
+    patterns = [given] if isinstance(given, str) else list(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: expected patterns for parameter names, got {type(pattern).__name__}")
+    return patterns
+
+
+def _prunable(entry: Entry) -> bool:
+    return entry.dtype.is_floating_point and len(entry.shape) >= 2 and entry.numel > 0
+
+
+def _fit(
+    base: Weights, task: Weights, treatments: Mapping[str, Treatment], heads: Sequence[str], notes: list[str]
+) -> Weights:
+    """The fine-tune under the base's canonical names, in the base's dtypes."""
+    entries: dict[str, Entry] = {}
+    missing: list[str] = []
+    for name, ours in base.entries.items():
+        names = [name, *(alias for alias, first in base.aliases.items() if first == name)]
+        found = list(dict.fromkeys(task.aliases.get(n, n) for n in names if n in task.entries or n in task.aliases))
+        if not found:
+            if treatments[name] == "head":
+                continue
+            if ours.dtype.is_floating_point:
+                missing.append(name)
+            else:
+                notes.append(f"{task.label} lacks {name!r} ({ours.dtype}); the base's is used")
+            continue
+        if any(not _equal(task, found[0], other) for other in found[1:]):
+            raise ValueError(
+                f"{task.label}: {', '.join(map(repr, names))} are one tensor in the base (tied weights), but differ "
+                "here; untie them in the base first"
+            )
+        theirs = task.entries[found[0]]
+        if treatments[name] == "head":
+            entries[name] = theirs
+            continue
+        if theirs.shape != ours.shape:
+            raise ValueError(
+                f"{task.label}: {name!r} has shape {list(theirs.shape)}, the base's is {list(ours.shape)}; if every "
+                f"task has its own, name it in heads="
+            )
+        entries[name] = _cast(task.label, name, theirs, ours)
+    known = {*base.entries, *base.aliases}
+    extra = []
+    for name, entry in task.entries.items():
+        others = [name, *(alias for alias, first in task.aliases.items() if first == name)]
+        if not known.isdisjoint(others):
+            continue
+        if any(matches(n, pattern) for n in others for pattern in heads):
+            entries[name] = entry
+        elif entry.dtype.is_floating_point:
+            extra.append(name)
+        else:
+            notes.append(f"{task.label}: {name!r} ({entry.dtype}) is not in the base and is left out")
+    if missing or extra:
+        raise ValueError(_differences(task.label, missing, extra))
+    return Weights(task.label, entries, {}, task.source)
+
+
+def _equal(task: Weights, a: str, b: str) -> bool:
+    from lora_fuse.adapters.sparse_adapter import same_bits
+
+    return same_bits(task[a], task[b])
+
+
+def _cast(label: str, name: str, theirs: Entry, ours: Entry) -> Entry:
+    """``theirs`` in the base's dtype, as loading it into the base's model would round it."""
+    if theirs.dtype == ours.dtype:
+        return theirs
+    if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
+        raise ValueError(f"{label}: {name!r} is {theirs.dtype}, the base's is {ours.dtype}")
+    return replace(theirs, dtype=ours.dtype, read=lambda: theirs.read().to(ours.dtype))
+
+
+def _differences(label: str, missing: Sequence[str], extra: Sequence[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"lacks {_few(missing)} of the base")
+    if extra:
+        parts.append(f"has {_few(extra)}, which the base lacks")
+    text = f"{label}: {' and '.join(parts)}"
+    for shorter, longer, who in ((missing, extra, "the fine-tune's"), (extra, missing, "the base's")):
+        for name in shorter[:1]:
+            prefix = next((n.removesuffix(name) for n in longer if n.endswith(f".{name}")), None)
+            if prefix:
+                return f"{text}; {who} names start with {prefix!r}: give models of the same class"
+    if extra and not missing:
+        text += "; if every task has its own, name them in heads="
+    return text
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + rest
