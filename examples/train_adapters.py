@@ -135,7 +135,7 @@ def train_lora(cache: Path, head: nn.Linear, data: Data, lr: float, steps: int, 
     for step in range(steps):
         chosen = next(order, None)
         if chosen is None:  # the next pass over the training part, in a new order
-            order = iter(_epoch(rows, generator))
+            order = iter(epoch_batches(rows, generator))
             chosen = next(order)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(**collate([rows[i] for i in chosen]))
@@ -150,7 +150,7 @@ def train_lora(cache: Path, head: nn.Linear, data: Data, lr: float, steps: int, 
     return model.eval()
 
 
-def _epoch(rows: list[Encoded], generator: torch.Generator) -> list[list[int]]:
+def epoch_batches(rows: list[Encoded], generator: torch.Generator) -> list[list[int]]:
     """Batches of like length: every 16 batches are cut from a random sample sorted by length, then shuffled."""
     shuffled = torch.randperm(len(rows), generator=generator).tolist()
     batches = []
