@@ -73,8 +73,6 @@ def test_finetune_changes_the_whole_encoder_but_not_unseen_words(finetunes):
 def test_evaluate_writes_table_report_and_picture(finetunes, tiny, tmp_path):
     given = peru_fft_text.read_inputs(finetunes, finetunes)
     results = peru_fft_text.evaluate(given, finetunes)
-    _, peru = peru_fft_text.compressed("", given.base, given.finetuned, 0.1, "global")
-    results["served"] = peru_fft_text.serve(given, peru, finetunes)
     peru_fft_text.write(results, tmp_path)
     rows = results["settings"]
     assert {"PERU-FFT 10.0%", "post-pruning 10.0%", "merged: average", peru_fft_report.SINGLE} <= set(rows)
@@ -85,7 +83,6 @@ def test_evaluate_writes_table_report_and_picture(finetunes, tiny, tmp_path):
     energies = [rows[f"PERU-FFT {d:.1%}"]["energy"] for d in sorted(peru_fft_text.DENSITIES)]
     assert energies == sorted(energies)
     assert 0 < energies[0] < energies[-1] < 1
-    assert results["served"]["largest_difference"] < 1e-4
     assert json.loads((tmp_path / "peru_fft_experiment.json").read_text())["settings"].keys() == rows.keys()
     text = (tmp_path / "peru_fft_experiment.md").read_text()
     assert peru_fft_report.verdict(results) in text
