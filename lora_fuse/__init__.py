@@ -10,6 +10,7 @@ from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.compress.peru_fft import Peru, peru_fft
+from lora_fuse.compress.peru_files import load_peru
 from lora_fuse.compress.peru_lora import peru_lora
 from lora_fuse.merging.combine import merge
 from lora_fuse.merging.fuse import fuse, unfuse
@@ -35,6 +36,7 @@ __all__ = [
     "fuse",
     "head_sizes",
     "load_adapter",
+    "load_peru",
     "merge",
     "peru_fft",
     "peru_lora",

@@ -50,6 +50,18 @@ class SpecType(click.ParamType):
         return value if isinstance(value, Spec) else parse_spec(value)
 
 
+class NamedPathType(click.ParamType):
+    name = "NAME=PATH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            self.fail(f"{value!r} lacks a name or a path; write NAME=PATH, for example sql=models/sql", param, ctx)
+        return name, Path(path).expanduser()
+
+
 class SizeType(click.ParamType):
     name = "SIZE"
 

@@ -14,6 +14,7 @@ import click
 
 from lora_fuse import __version__
 from lora_fuse._terminal import (
+    NamedPathType,
     SizeType,
     Spec,
     SpecType,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 METHODS = ("linear", "uniform", "cat", "svd")
+PERU_MERGES = ("task_arithmetic", "average", "ties")
+PERU_SCOPES = ("global", "tensor", "row")
 
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:
@@ -61,12 +64,13 @@ _dtype = click.Choice(sorted(_DTYPES))
         "lora-fuse inspect loras/sql",
         "lora-fuse merge loras/sql:0.7 loras/math:0.3 --method svd --rank 32 -o merged",
         "lora-fuse fuse llama-3.2-1b loras/sql -o llama-sql",
+        "lora-fuse peru-fft minilm mnli=minilm-mnli sst2=minilm-sst2 -o peru",
     ),
 )
 @click.version_option(__version__, prog_name="lora-fuse")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Merge, fuse, compress and look into LoRA adapters; no base model is loaded for any of it."""
+    """Merge, fuse, compress and look into LoRA adapters and full fine-tunes; no model is built for any of it."""
 
 
 @main.command(
@@ -303,6 +307,76 @@ def compress(
     saved = f"{1 - whole.nbytes_after / max(1, whole.nbytes_before):.0%}"
     table.add_row(str(out), "", f"{whole.energy:.2%}", "", sizes, saved, style="bold")
     stdout().print(table)
+
+
+@main.command(
+    "peru-fft",
+    short_help="Merge full fine-tunes and keep what each needs (PERU-FFT).",
+    epilog=example("lora-fuse peru-fft minilm mnli=minilm-mnli sst2=minilm-sst2 --density 0.1 -o peru"),
+)
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("finetuned", nargs=-1, required=True, type=NamedPathType(), metavar="NAME=FINETUNED...")
+@click.option("--density", type=float, default=0.1, show_default=True, help="Share of the entries to keep per task.")
+@click.option(
+    "--merge",
+    type=click.Choice(PERU_MERGES),
+    default="task_arithmetic",
+    show_default=True,
+    help="How the merged model is made.",
+)
+@click.option("--scaling", type=float, help="Of the merged task vectors; default: 0.3, for ties 1.")
+@click.option(
+    "--scope",
+    type=click.Choice(PERU_SCOPES),
+    default="global",
+    show_default=True,
+    help="What competes for the entries: a task's whole model, each tensor, each row.",
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Parameters that each task keeps whole.")
+@click.option("--shared", multiple=True, metavar="PATTERN", help="Parameters that all tasks take from the merge.")
+@click.option("--heads", multiple=True, metavar="PATTERN", help="Parameters of each task's own, such as 'classifier'.")
+@click.option("--trim", type=float, default=0.2, show_default=True, help="For ties: share of a task vector to use.")
+@_output
+@_overwrite
+def peru_fft(
+    base: Path,
+    finetuned: tuple[tuple[str, Path], ...],
+    out: Path,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Merge the full fine-tunes NAME=FINETUNED... of the model BASE, and keep each one's largest differences.
+
+    BASE and FINETUNED are model folders or safetensors files. PATTERNs are shell-style and match parameters' names or
+    modules' paths; give the options several times for several. OUT gets the merged model and a folder per task.
+    """
+    with user_errors():
+        from lora_fuse.checkpoints.output import check_output, staged_folder
+        from lora_fuse.compress.peru_fft import peru_fft as make_peru
+        from lora_fuse.compress.peru_report import treatment_text
+
+        names = [name for name, _ in finetuned]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"finetuned: two are called {twice!r}, and each gets a folder of its name under {out}")
+        sources = local_paths([str(base), *(str(path) for _, path in finetuned)])
+        check_output(out, overwrite, sources)
+        peru = make_peru(base, dict(finetuned), progress=sys.stderr.isatty(), **options)
+        with busy("writing"), staged_folder(out, overwrite, sources) as stage:
+            peru.save_pretrained(stage)
+    whole = peru.report
+    table = new_table("task", "kept", "of", "energy kept", "size", "fine-tune", "saved")
+    for name, task in whole.tasks.items():
+        size, full = task.nbytes, task.nbytes_finetuned
+        counts = f"{task.kept:,}", f"{task.entries:,}", f"{task.energy:.2%}"
+        table.add_row(name, *counts, size_text(size), size_text(full), f"{1 - size / max(1, full):.0%}")
+    table.add_row("merged", "", "", "", size_text(whole.nbytes_merged))
+    saved = f"{1 - whole.nbytes / max(1, whole.nbytes_finetuned):.0%}"
+    sizes = size_text(whole.nbytes), size_text(whole.nbytes_finetuned), saved
+    table.add_row(str(out), "", "", "", *sizes, style="bold")
+    for note in whole.notes:
+        click.echo(f"Note: {note}", err=True)
+    stdout().print(table)
+    stdout().print(treatment_text(whole.treatments), soft_wrap=True)
 
 
 @main.command(

@@ -26,7 +26,7 @@ from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.merging.combine import _METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["inspect", "merge", "fuse", "compress", "demo", "bench"]
+COMMANDS = ["inspect", "merge", "fuse", "compress", "peru-fft", "demo", "bench"]
 
 
 @pytest.fixture(scope="module")

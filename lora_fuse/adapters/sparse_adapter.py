@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -200,6 +201,18 @@ class SparseAdapter:
         for name, (kept, whole) in self.squares.items():
             if not (0.0 <= kept <= whole * (1 + 1e-9) and math.isfinite(whole)):
                 refuse(name, f"has sums of squares {kept} of {whole}")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``sparse_adapter.json`` and ``sparse_adapter.safetensors``; see ``adapters.sparse_files``.
+
+        Args:
+            directory: created if need be. A sparse adapter already in it is replaced; other files stay.
+        Raises:
+            ValueError: ``directory`` is a file, or the adapter is not sound.
+        """
+        from lora_fuse.adapters.sparse_files import save_sparse_adapter  # the writer imports this module
+
+        save_sparse_adapter(self, directory)
 
     def __repr__(self) -> str:
         entries = sum(math.prod(shape) for shape in self.shapes.values())

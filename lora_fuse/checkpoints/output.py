@@ -16,7 +16,7 @@ def check_output(out: str | os.PathLike[str], overwrite: bool = False, inputs: S
 
     Args:
         out: the folder to be.
-        overwrite: whether a model's or an adapter's folder that exists there may be replaced.
+        overwrite: whether a model's, an adapter's or a PERU folder that exists there may be replaced.
         inputs: files and folders that are read; ``out`` must not be, hold or lie in one of them.
     Returns:
         The absolute path.
@@ -51,9 +51,21 @@ def _replaceable(folder: Path) -> bool:
     if folder == here or folder in here.parents:
         return False
     entries = list(folder.iterdir())
+    if (folder / "peru.json").is_file():
+        return _is_peru(entries)
     if all(entry.is_dir() and not entry.is_symlink() for entry in entries):
         return all((entry / "adapter_config.json").is_file() and _is_ours(entry) for entry in entries)
     return _is_ours(folder)
+
+
+def _is_peru(entries: list[Path]) -> bool:
+    """Whether these are a PERU's files and nothing else but its tasks' folders."""
+    files = {entry.name for entry in entries if not entry.is_dir()}
+    folders = [entry for entry in entries if entry.is_dir()]
+    parts = {"sparse_adapter.json", "sparse_adapter.safetensors"}
+    return files == {"peru.json", "merged.safetensors"} and all(
+        not entry.is_symlink() and {part.name for part in entry.iterdir()} == parts for entry in folders
+    )
 
 
 def _is_ours(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ SCOPES = ("global", "tensor", "row")
 _DEFAULT_SCALING = {"task_arithmetic": 0.3, "ties": 1.0}
 _PIECE = 1 << 20
 # Task names are folders on disk, on file systems that know no case and reserve some characters.
-_TASK_NAME = re.compile(r"[^\W_][\w .+=@-]*(?<![ .])")
+_TASK_NAME = re.compile(r"[^\W_][\w .+@-]*(?<![ .])")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,18 @@ class Peru:
         if task not in self.adapters:
             raise ValueError(f"task: no {task!r}; there are {', '.join(map(repr, self.adapters))}")
         return self.adapters[task].state_dict(self.merged)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``peru.json``, ``merged.safetensors`` and a folder per task; all of it appears or nothing.
+
+        Args:
+            directory: created if need be. What it holds of a PERU already is replaced; other files stay.
+        Raises:
+            ValueError: ``directory`` is a file; an adapter is not sound, or does not belong to ``merged``.
+        """
+        from lora_fuse.compress.peru_files import save_peru  # the writer imports this module
+
+        save_peru(self, directory)
 
     def __repr__(self) -> str:
         return f"Peru({len(self.merged)} merged tensors, tasks {', '.join(self.adapters)}, {dict(self.settings)})"
@@ -157,7 +170,7 @@ def check_task_name(name: object) -> str:
     if not _TASK_NAME.fullmatch(name):
         raise ValueError(
             f"finetuned: {name!r} cannot be a task's name, which becomes a folder's; start with a letter or digit, and "
-            "use letters, digits, blanks and any of _ . + = @ -"
+            "use letters, digits, blanks and any of _ . + @ -"
         )
     return name
 

@@ -34,6 +34,24 @@ class Plan:
         return [name for name, treatment in self.treatments.items() if treatment in treatments]
 
 
+@dataclass(frozen=True)
+class _Odd:
+    """Integer buffers (such as position ids, which some releases save and others do not) by name and fine-tune."""
+
+    missing: list[tuple[str, str]]
+    extra: list[tuple[str, str]]
+
+    def notes(self) -> list[str]:
+        notes = []
+        for pairs, text in (
+            (self.missing, "{0!r}, not floating-point, is missing in {1}; the base's is used"),
+            (self.extra, "{0!r}, not floating-point, is in {1} but not in the base; it is left out"),
+        ):
+            for name in dict.fromkeys(name for name, _ in pairs):
+                notes.append(text.format(name, ", ".join(label for n, label in pairs if n == name)))
+        return notes
+
+
 def make_plan(
     base: Weights, finetuned: Mapping[str, Weights], exclude: Patterns, shared: Patterns, heads: Patterns
 ) -> Plan:
@@ -71,11 +89,11 @@ def make_plan(
                 "the patterns have to treat them alike; untie them first if they are to differ"
             )
         treatments[name] = next(iter(asked.values()), "pruned" if _prunable(entry) else "dense")
-    notes: list[str] = []
-    tasks = {task: _fit(base, weights, treatments, kinds["head"], notes) for task, weights in finetuned.items()}
+    odd = _Odd([], [])
+    tasks = {task: _fit(base, weights, treatments, kinds["head"], odd) for task, weights in finetuned.items()}
     for weights in tasks.values():
         treatments.update(dict.fromkeys((name for name in weights if name not in treatments), "head"))
-    return Plan(treatments, base.aliases, tasks, notes)
+    return Plan(treatments, base.aliases, tasks, odd.notes())
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -95,9 +113,7 @@ def _prunable(entry: Entry) -> bool:
     return entry.dtype.is_floating_point and len(entry.shape) >= 2 and entry.numel > 0
 
 
-def _fit(
-    base: Weights, task: Weights, treatments: Mapping[str, Treatment], heads: Sequence[str], notes: list[str]
-) -> Weights:
+def _fit(base: Weights, task: Weights, treatments: Mapping[str, Treatment], heads: Sequence[str], odd: _Odd) -> Weights:
     """The fine-tune under the base's canonical names, in the base's dtypes."""
     entries: dict[str, Entry] = {}
     missing: list[str] = []
@@ -110,7 +126,7 @@ def _fit(
             if ours.dtype.is_floating_point:
                 missing.append(name)
             else:
-                notes.append(f"{task.label} lacks {name!r} ({ours.dtype}); the base's is used")
+                odd.missing.append((name, task.label))
             continue
         if any(not _equal(task, found[0], other) for other in found[1:]):
             raise ValueError(
@@ -138,7 +154,7 @@ def _fit(
         elif entry.dtype.is_floating_point:
             extra.append(name)
         else:
-            notes.append(f"{task.label}: {name!r} ({entry.dtype}) is not in the base and is left out")
+            odd.extra.append((name, task.label))
     if missing or extra:
         raise ValueError(_differences(task.label, missing, extra))
     return Weights(task.label, entries, {}, task.source)
