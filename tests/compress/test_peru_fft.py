@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from peru_models import PRUNED, Net, assert_same, bits, make, tuned, wide
+from torch import Tensor
 
 import lora_fuse as lf
-
-PRUNED = ["emb.weight", "conv.weight", "block.0.weight", "block.2.weight", "head.weight"]
-
-
-class Net(nn.Module):
-    """Embedding, convolution, linear layers, norms, an integer buffer, and a tied output."""
-
-    def __init__(self, classes: int = 3) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(19, 12)
-        self.conv = nn.Conv2d(3, 6, (3, 2))
-        self.block = nn.Sequential(nn.Linear(12, 70), nn.Tanh(), nn.Linear(70, 5, bias=False))
-        self.norm = nn.BatchNorm1d(5)
-        self.head = nn.Linear(5, classes)
-        self.out = nn.Linear(12, 19)
-        self.out.weight = self.emb.weight
-
-
-def make(seed: int = 0, classes: int = 3, dtype: torch.dtype = torch.float32) -> Net:
-    torch.manual_seed(seed)
-    return Net(classes).to(dtype)
-
-
-def tuned(base: nn.Module, seed: int, scale: float = 0.05) -> Net:
-    """A fine-tune: every float moved, most of them a little and some a lot."""
-    net = copy.deepcopy(base)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for t in dict.fromkeys(t for t in net.state_dict(keep_vars=True).values() if t.is_floating_point()):
-            t.add_(torch.randn(t.shape, generator=generator).pow(3).to(t.dtype), alpha=scale)
-    net.norm.num_batches_tracked += seed
-    return net  # type: ignore[return-value]
+from lora_fuse.adapters.sparse_adapter import fingerprint
+from lora_fuse.merging import full
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def nets(request: pytest.FixtureRequest) -> tuple[Net, dict[str, Net]]:
     base = make(dtype=request.param)
     return base, {"sql": tuned(base, 1), "math": tuned(base, 2), "chat": tuned(base, 3)}
-
-
-def wide(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() for name, t in state.items() if t.is_floating_point()}
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.contiguous().reshape(-1).view(torch.uint8)
-
-
-def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name in want:
-        assert got[name].dtype == want[name].dtype, name
-        assert got[name].shape == want[name].shape, name
-        assert torch.equal(bits(got[name]), bits(want[name])), name
 
 
 def reference_merge(base: dict[str, Tensor], tasks: list[dict[str, Tensor]], merge: str, scaling: float) -> Any:
@@ -160,3 +116,373 @@ def test_kept_values_are_the_finetunes_own(nets: tuple[Net, dict[str, Net]], sco
         if density == 1.0:
             assert_same(state, own)
             assert report.energy == 1.0
+
+
+def test_one_finetune_with_weight_one_is_that_finetune(nets: tuple[Net, dict[str, Net]]) -> None:
+    base, tasks = nets
+    state, own = base.state_dict(), tasks["sql"].state_dict()
+    want = own | {name: t for name, t in state.items() if not t.is_floating_point()}
+    options: list[Any] = [
+        full.task_arithmetic(state, [own], 1.0),
+        full.average(state, [own]),
+        full.ties(state, [own], 1.0, trim=1.0),
+    ]
+    for merged in options:
+        if base.emb.weight.dtype != torch.float64:  # there the difference itself is rounded
+            assert_same(merged, want)
+        else:
+            torch.testing.assert_close(merged, want, rtol=1e-14, atol=1e-14)
+
+
+def test_ties_by_hand() -> None:
+    base = {"a": torch.tensor([1.0, 1, 1, 1, 1]), "b": torch.tensor([[10.0, 10], [10, 10], [10, 10]])}
+    one = {"a": torch.tensor([4.0, 1, -4, 2.5, 1]), "b": torch.tensor([[12.0, 10], [10, 10], [10.5, 10]])}
+    two = {"a": torch.tensor([6.0, -3, 6, -0.5, 1]), "b": torch.tensor([[10.0, 10], [10, 7.0], [10, 10]])}
+    # task vectors: a 3 0 -5 1.5 0, b 2 0 0 0 .5 0 and a 5 -4 5 -1.5 0, b 0 0 0 -3 0 0; of 11 entries 5 stay
+    # elected: + - 0 0 . | + . . - + .   ->  zeros take the sign of the sum of signs, + + + - - = +
+    merged = full.ties(base, [one, two], 0.5, trim=0.5)
+    assert merged["a"].tolist() == [1 + 0.5 * 4, 1 - 0.5 * 4, 1 + 0.5 * 5, 1 + 0.5 * 1.5, 1]
+    assert merged["b"].tolist() == [[11, 10], [10, 8.5], [10.25, 10]]
+
+
+def test_treatments() -> None:
+    base = make()
+    tasks: dict[str, Any] = {"sql": tuned(base, 1).state_dict(), "math": tuned(base, 2).state_dict()}
+    tasks["sql"]["head.weight"], tasks["sql"]["head.bias"] = torch.randn(8, 5), torch.randn(8)
+    tasks["math"]["extra.scale"] = torch.randn(2)
+    peru = lf.peru_fft(base, tasks, heads=["head", "extra.*"], exclude="emb", shared=["block.2", "norm.bias"])
+    kinds = peru.report.treatments
+    assert [n for n, kind in kinds.items() if kind == "pruned"] == ["conv.weight", "block.0.weight"]
+    assert [n for n, kind in kinds.items() if kind == "shared"] == ["block.2.weight", "norm.bias"]
+    assert [n for n, kind in kinds.items() if kind == "head"] == ["head.weight", "head.bias", "extra.scale"]
+    assert kinds["emb.weight"] == "dense"
+    assert set(kinds) | set(peru.aliases) == {*base.state_dict(), "extra.scale"}
+    assert "65" not in peru.report.__str__().splitlines()[-1]
+    assert "3 head (head.weight, head.bias, extra.scale)" in str(peru.report)
+    for name in ("head.weight", "head.bias"):  # the merged model has the base's
+        assert torch.equal(peru.merged[name], base.state_dict()[name])
+    for task, state in tasks.items():
+        adapter, got = peru.adapters[task], peru.state_dict(task)
+        assert set(adapter.heads) == {n for n in state if n.startswith(("head.", "extra."))}
+        for name in adapter.heads:
+            assert torch.equal(got[name], state[name])
+        assert torch.equal(bits(got["emb.weight"]), bits(state["emb.weight"]))
+        assert got["out.weight"] is got["emb.weight"]
+        for name in ("block.2.weight", "norm.bias"):
+            assert got[name].data_ptr() == peru.merged[name].data_ptr()
+            assert not torch.equal(got[name], state[name])
+        pruned = sum(state[n].numel() for n in ("conv.weight", "block.0.weight"))
+        assert adapter.nnz == int(0.1 * pruned) == peru.report.tasks[task].kept
+
+
+def test_base_may_lack_heads() -> None:
+    base = {name: t for name, t in make().state_dict().items() if not name.startswith("head.")}
+    tasks = {str(n): tuned(make(classes=n), n).state_dict() for n in (2, 3)}
+    peru = lf.peru_fft(base, tasks, heads="head")
+    assert peru.merged.keys() == base.keys()
+    for n in (2, 3):
+        assert peru.state_dict(str(n))["head.weight"].shape == (n, 5)
+        make(classes=n).load_state_dict(peru.state_dict(str(n)))
+
+
+def test_shared_storage_counts_once() -> None:
+    base = make()
+    state = base.state_dict()
+    tasks: dict[str, Any] = {"tied": tuned(base, 1)}
+    tasks["lacks the alias"] = {k: v for k, v in tuned(base, 2).state_dict().items() if k != "out.weight"}
+    tasks["lacks the first"] = {k: v for k, v in tuned(base, 3).state_dict().items() if k != "emb.weight"}
+    tasks["equal copies"] = {k: v.clone() for k, v in tuned(base, 4).state_dict().items()}
+    peru = lf.peru_fft(base, tasks, density=0.2, merge="average")
+    assert peru.aliases == {"out.weight": "emb.weight"}
+    assert list(peru.merged) == list(state)
+    assert peru.merged["out.weight"] is peru.merged["emb.weight"]
+    once = {name: t for name, t in state.items() if name != "out.weight"}
+    assert peru.report.nbytes_merged == sum(t.nbytes for t in once.values())
+    for task in tasks:
+        assert peru.report.tasks[task].entries == sum(once[name].numel() for name in PRUNED)
+        assert peru.report.tasks[task].nbytes_finetuned == peru.report.nbytes_merged
+        assert "out.weight" not in peru.adapters[task].matrices
+
+
+def test_what_equals_the_merged_model_is_left_out() -> None:
+    base = make()
+    tasks: dict[str, Any] = {"sql": tuned(base, 1), "math": tuned(base, 2)}
+    for net in tasks.values():  # a frozen embedding and norm
+        net.emb.weight.data.copy_(base.emb.weight)
+        net.norm.load_state_dict(base.norm.state_dict())
+    peru = lf.peru_fft(base, tasks, scope="row")
+    report = peru.report.tasks["sql"]
+    frozen = {"emb.weight", *(f"norm.{name}" for name in base.norm.state_dict())}
+    assert set(report.unchanged) == frozen
+    assert report.parameters["emb.weight"].kept == 0
+    assert report.parameters["emb.weight"].energy == 1.0
+    assert frozen.isdisjoint({*peru.adapters["sql"].matrices, *peru.adapters["sql"].dense})
+    assert frozen - {"norm.num_batches_tracked"} <= peru.adapters["sql"].fingerprint.keys()
+    assert_same(lf.peru_fft(base, tasks, density=1.0).state_dict("math"), tasks["math"].state_dict())
+
+
+def test_given_merges() -> None:
+    base = make()
+    tasks = {"sql": tuned(base, 1), "math": tuned(base, 2)}
+    before = {name: copy.deepcopy(net.state_dict()) for name, net in {"": base, **tasks}.items()}
+    seen: list[Any] = []
+
+    def largest(ours: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        seen.extend([ours, *others])
+        merged = {}
+        for name, t in ours.items():
+            merged[name] = t
+            for other in others:
+                if t.is_floating_point():
+                    merged[name] = torch.maximum(t, other[name], out=t)  # in place, which must not reach the caller's
+        return merged
+
+    peru = lf.peru_fft(base, tasks, merge=largest, heads="head")
+    assert all("head.weight" not in state and "out.weight" not in state for state in seen)
+    want = {n: torch.stack([s[n] for s in before.values()]).amax(0) for n in before[""]}
+    for name in ("emb.weight", "norm.bias"):
+        assert torch.equal(peru.merged[name], want[name])
+    for name, net in {"": base, **tasks}.items():
+        assert_same(net.state_dict(), before[name])
+    again = lf.peru_fft(base, tasks, merge=dict(peru.merged), heads="head")
+    assert_same(again.merged, peru.merged)
+    assert again.settings == {"density": 0.1, "merge": "given", "scaling": None, "scope": "global"}
+    assert again.merged["emb.weight"].data_ptr() != peru.merged["emb.weight"].data_ptr()
+    assert_same(again.state_dict("sql"), peru.state_dict("sql"))
+
+
+def test_other_dtypes_are_rounded_to_the_bases() -> None:
+    base = make(dtype=torch.bfloat16)
+    task = tuned(base.float(), 1)
+    base = base.bfloat16()
+    head = {"head.weight": torch.randn(2, 5), "head.bias": torch.randn(2)}
+    peru = lf.peru_fft(base, {"sql": {**task.state_dict(), **head}}, density=1.0, heads="head")
+    state = peru.state_dict("sql")
+    assert_same(state, {**copy.deepcopy(task).bfloat16().state_dict(), **head})
+
+
+def test_integer_buffers_that_one_side_lacks() -> None:
+    base = make().state_dict()
+    tasks = {"sql": tuned(make(), 1).state_dict(), "math": tuned(make(), 2).state_dict()}
+    del tasks["sql"]["norm.num_batches_tracked"]
+    tasks["math"]["position_ids"] = torch.arange(9)
+    peru = lf.peru_fft(base, tasks)
+    assert peru.state_dict("sql")["norm.num_batches_tracked"] == 0
+    assert peru.state_dict("math")["norm.num_batches_tracked"] == 2
+    assert "position_ids" not in peru.state_dict("math")
+    first, second = peru.report.notes
+    assert "'norm.num_batches_tracked', not floating-point, is missing in finetuned['sql']" in first
+    assert "'position_ids', not floating-point, is in finetuned['math']" in second
+    assert str(peru.report).endswith(second)
+
+
+def test_residual(nets: tuple[Net, dict[str, Net]]) -> None:
+    base, tasks = nets
+    peru = lf.peru_fft(base, tasks, density=0.3)
+    adapter = peru.adapters["chat"]
+    for name in PRUNED:
+        merged, own = peru.merged[name], tasks["chat"].state_dict()[name]
+        residual = adapter.residual(name, merged)
+        accurate = torch.float64 if merged.dtype == torch.float64 else torch.float32
+        want = (own.to(accurate) - merged.to(accurate)).to(merged.dtype).reshape(residual.shape)
+        mask = adapter.matrices[name].mask()
+        assert torch.equal(bits(residual.to_dense()), bits(torch.where(mask, want, torch.zeros_like(want))))
+    with pytest.raises(ValueError, match=r"name: .* has 5 .*, but not 'emb.wieght'; did you mean 'emb.weight'"):
+        adapter.residual("emb.wieght", peru.merged["emb.weight"])
+    with pytest.raises(ValueError, match=r"merged_weight: 'conv.weight' has shape \[6, 3, 3, 2\], got \[6, 18\]"):
+        adapter.residual("conv.weight", peru.merged["conv.weight"].flatten(1))
+
+
+def test_an_adapter_knows_its_merged_weights() -> None:
+    base = make()
+    peru = lf.peru_fft(base, {"sql": tuned(base, 1)})
+    adapter = peru.adapters["sql"]
+    adapter.check_merged(peru.merged)
+    changed = dict(peru.merged)
+    changed["norm.weight"] = changed["norm.weight"].nextafter(torch.tensor(9.0))
+    for wrong, name in (
+        (changed, "norm.weight"),
+        (base.state_dict(), "emb.weight"),
+        ({n: t.bfloat16() for n, t in peru.merged.items()}, "emb.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"merged: '{name}' .* is not what the sparse adapter"):
+            adapter.state_dict(wrong)
+    with pytest.raises(ValueError, match=r"merged: has no 'conv.bias'"):
+        adapter.state_dict({n: t for n, t in peru.merged.items() if n != "conv.bias"})
+    with pytest.raises(ValueError, match="task: no 'slq'; there are 'sql'"):
+        peru.state_dict("slq")
+    assert_same(peru.state_dict(None), peru.merged)
+
+
+def test_fingerprints_tell_dtype_shape_and_bytes_apart() -> None:
+    t = torch.arange(6.0)
+    others = [t.view(2, 3), t.view(3, 2), t.double(), t.view(torch.int32), t.flip(0), -t, t[:0], t[0]]
+    assert len({fingerprint(x) for x in [t, *others]}) == 9
+    assert fingerprint(torch.arange(12.0).view(6, 2).t()[0]) == fingerprint(torch.arange(0, 12, 2.0))
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    base = make(dtype=torch.bfloat16)
+    peru = lf.peru_fft(base, {"sql": tuned(base, 1), "math": tuned(base, 2)}, density=0.3, heads="head")
+    for task, adapter in peru.adapters.items():
+        report = peru.report.tasks[task]
+        forms = [(m.columns, m.bitmap) for m in adapter.matrices.values()]
+        assert report.nbytes == adapter.nbytes == sum(t.nbytes for t in adapter.tensors())
+        assert report.nbytes_values == 2 * adapter.nnz
+        assert report.nbytes_positions == sum(
+            8 * (m.num_rows + 1) + sum(t.nbytes for t in form if t is not None)
+            for m, form in zip(adapter.matrices.values(), forms, strict=True)
+        )
+        assert report.nbytes_heads == 2 * (3 * 5 + 3)
+        assert adapter.num_parameters() == adapter.nnz + sum(
+            t.numel() for t in (*adapter.dense.values(), *adapter.heads.values())
+        )
+        assert f"{adapter.nnz:,} of {report.entries:,} entries of 4 matrices" in repr(adapter)
+    whole = peru.report
+    assert whole.nbytes == whole.nbytes_merged + sum(a.nbytes for a in peru.adapters.values())
+    assert whole.nbytes_finetuned == 2 * whole.nbytes_merged
+    lines = str(whole).splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "merged", "sql", "math", "all", "parameters:"]
+    assert f"{whole.nbytes:,}" in lines[-2]
+
+
+def test_neither_threads_nor_strides_matter() -> None:
+    base = make()
+    tasks = {"sql": tuned(base, 1).state_dict(), "math": tuned(base, 2).state_dict()}
+    strided = {t: {n: torch.stack([x, x], -1)[..., 0] for n, x in s.items()} for t, s in tasks.items()}
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count, given in ((1, tasks), (2, tasks), (2, strided)):
+            torch.set_num_threads(count)
+            results.append(lf.peru_fft(base, given, merge="ties"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_same(other.merged, results[0].merged)
+        for task in tasks:
+            assert_same(other.state_dict(task), results[0].state_dict(task))
+
+
+def _without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: t for name, t in state.items() if name not in names}
+
+
+def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"net.{name}": t for name, t in state.items()}
+
+
+STATE = tuned(make(), 1).state_dict()
+NAN, INF, UNTIED = copy.deepcopy(STATE), copy.deepcopy(STATE), copy.deepcopy(STATE)
+NAN["conv.weight"][1, 2, 0, 1] = torch.nan
+INF["norm.bias"][2] = torch.inf
+UNTIED["out.weight"] = UNTIED["out.weight"] + 1
+LARGE = {n: t * 1e5 if t.is_floating_point() else t for n, t in STATE.items()}
+TRANSPOSED = {"a": torch.ones(4, 3)}
+TRANSPOSED["b"] = TRANSPOSED["a"].t()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ({}, {}, "finetuned: expected at least one"),
+        ({"a": STATE}, {"density": 0}, "density: expected 0 < density <= 1, got 0"),
+        ({"a": STATE}, {"density": 1.01}, "density: expected"),
+        ({"a": STATE}, {"density": float("nan")}, "density: expected"),
+        ({"a": STATE}, {"density": "0.1"}, "density: expected"),
+        ({"a": STATE}, {"trim": 0.0, "merge": "ties"}, "trim: expected 0 < trim <= 1"),
+        ({"a": STATE}, {"scope": "layer"}, "scope: expected one of global, tensor, row, got 'layer'"),
+        ({"a": STATE}, {"merge": "tie"}, "merge: expected one of task_arithmetic, average, ties, a function or"),
+        ({"a": STATE}, {"scaling": float("inf")}, "scaling: expected a finite number"),
+        ({"a": STATE}, {"merge": "average", "scaling": 0.5}, "scaling: 0.5 has no meaning for merge='average'"),
+        ({"a": _without(STATE, "conv.bias")}, {}, r"finetuned\['a'\]: lacks 'conv.bias' of the base"),
+        ({"a": {**STATE, "new": torch.ones(2)}}, {}, "has 'new', which the base lacks; if every task .* heads="),
+        ({"a": _prefixed(STATE)}, {}, "the fine-tune's names start with 'net.': give models of the same class"),
+        (
+            {"a": {**STATE, "head.bias": torch.ones(4)}},
+            {},
+            r"'head.bias' has shape \[4\], the base's is \[3\]; .*heads=",
+        ),
+        (
+            {"a": {**STATE, "conv.bias": torch.ones(6).int()}},
+            {},
+            "'conv.bias' is torch.int32, the base's is torch.float32",
+        ),
+        ({"a": NAN}, {}, r"finetuned\['a'\]: 'conv.weight' has NaN or infinite entries"),
+        ({"a": INF}, {}, r"finetuned\['a'\]: 'norm.bias' has NaN or infinite entries"),
+        ({"a": INF}, {"merge": "ties"}, r"finetuned\['a'\]: 'norm.bias' has NaN or infinite entries"),
+        ({"a": UNTIED}, {}, "'emb.weight', 'out.weight' are one tensor in the base .*but differ here"),
+        ({"a": TRANSPOSED}, {}, "'a' and 'b' overlap in memory without being the same"),
+        ({"a": STATE}, {"exclude": "embed"}, "exclude: 'embed' matches no parameter; names look like 'emb.weight'"),
+        ({"a": STATE}, {"shared": ["emb", "emb.weigth"]}, "shared: 'emb.weigth' matches no"),
+        ({"a": STATE}, {"heads": "classifier.*"}, "heads: 'classifier.*' matches no"),
+        ({"a": STATE}, {"heads": "head", "exclude": "*.bias"}, "exclude and heads: both match 'head.bias'"),
+        ({"a": STATE}, {"heads": "out.weight"}, "'emb.weight', 'out.weight' are one tensor in the base"),
+        ({"../a": STATE}, {}, "'../a' cannot be a task's name"),
+        ({"": STATE}, {}, "'' cannot be a task's name"),
+        ({"a.": STATE}, {}, "'a.' cannot be a task's name"),
+        ({"a": STATE, "A": STATE}, {}, "'a' and 'A' differ in case only"),
+        ({"a": STATE}, {"merge": _without(STATE, "conv.bias")}, "merge: lacks 'conv.bias' of the base"),
+        ({"a": STATE}, {"merge": {**STATE, "new": torch.ones(2)}}, "merge: has 'new', which the base lacks"),
+        ({"a": STATE}, {"merge": {**STATE, "conv.bias": torch.ones(7)}}, r"merge: 'conv.bias' is .* shape \[7\]"),
+        ({"a": STATE}, {"merge": NAN}, "merge: 'conv.weight' has NaN"),
+        ({"a": STATE}, {"merge": UNTIED}, "merge: 'emb.weight', 'out.weight' are one tensor in the base, but differ"),
+        ({"a": {n: t.to("meta") for n, t in STATE.items()}}, {}, "'emb.weight' is on the meta device"),
+        ({"a": {}}, {}, r"finetuned\['a'\]: holds no tensors"),
+        ({"a": {**STATE, "conv.bias": torch.ones(6).to(torch.float8_e4m3fn)}}, {}, "quantised model has to be dequ"),
+    ],
+)
+def test_bad_values(tasks: Any, options: dict[str, Any], message: str) -> None:
+    base = make()
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match=message):
+        lf.peru_fft(base, tasks, **options)
+    assert_same(base.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("base", "tasks", "options", "message"),
+    [
+        (STATE, STATE, {}, r"finetuned\['emb.weight'\]: expected a state dict, an nn.Module"),
+        (STATE, [STATE], {}, "finetuned: expected a dict of fine-tunes by task, got list"),
+        (STATE, {1: STATE}, {}, "finetuned: expected task names, got 1"),
+        (3, {"a": STATE}, {}, "base: expected a state dict, an nn.Module, or the path .* got int"),
+        (STATE, {"a": {"x": 3}}, {}, "expected tensors by name, got int for 'x'"),
+        (STATE, {"a": STATE}, {"merge": 3}, "merge: expected one of .* got int"),
+        (STATE, {"a": STATE}, {"merge": lambda base, others: None}, "merge: the function returned NoneType"),
+        (STATE, {"a": STATE}, {"exclude": [3]}, "exclude: expected patterns for parameter names, got int"),
+    ],
+)
+def test_bad_types(base: Any, tasks: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        lf.peru_fft(base, tasks, **options)
+
+
+@pytest.mark.parametrize("merge", ["task_arithmetic", "average", "ties"])
+def test_overflow_is_refused(merge: Any) -> None:
+    base = {"w": torch.full((4, 4), 6e4).half()}
+    tasks = {str(i): {"w": torch.full((4, 4), 6.5e4)} for i in range(3)}
+    options: dict[str, Any] = {} if merge == "average" else {"scaling": 3.0}
+    if merge == "average":
+        tasks["0"]["w"] = tasks["0"]["w"] + 1e5  # overflows as it is rounded to the base's dtype
+    with pytest.raises(ValueError, match=r"'w' .*NaN or infinite"):
+        lf.peru_fft(base, tasks, merge=merge, **options)
+
+
+def test_full_merges_refuse_what_does_not_fit() -> None:
+    for call, message in (
+        (lambda: full.average(STATE, []), "finetuned: expected at least one"),
+        (lambda: full.average(STATE, [_without(STATE, "conv.bias")]), r"finetuned\[0\]: lacks 'conv.bias'"),
+        (lambda: full.ties(STATE, [{**STATE, "conv.bias": torch.ones(5)}]), r"'conv.bias' has shape \[5\]"),
+        (lambda: full.task_arithmetic(STATE, [NAN]), "'conv.weight' has NaN"),
+        (lambda: full.task_arithmetic(STATE, [STATE], True), "scaling: expected a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    lf.peru_fft(make(), {"sql": STATE}, merge="ties", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search("trim.*merge.*prune", err, re.DOTALL)
