@@ -24,6 +24,10 @@ TensorView through_attributes(py::handle t, const char* name) {
   else if (dtype == "torch.float16") v.dtype = {dlpack::kFloat, 16, 1};
   else if (dtype == "torch.bfloat16") v.dtype = {dlpack::kBfloat, 16, 1};
   else if (dtype == "torch.int32") v.dtype = {dlpack::kInt, 32, 1};
+  else if (dtype == "torch.int64") v.dtype = {dlpack::kInt, 64, 1};
+  else if (dtype == "torch.uint8") v.dtype = {dlpack::kUInt, 8, 1};
+  else if (dtype == "torch.uint16") v.dtype = {dlpack::kUInt, 16, 1};
+  else if (dtype == "torch.bool") v.dtype = {dlpack::kBool, 8, 1};
   return v;  // any other: {0, 0, 0}, which matches nothing
 }
 
@@ -108,7 +112,7 @@ Extent extent(const TensorView& v, const Rows& r) {
 }
 
 std::string show(DataType t) {
-  const char* const kind = t.code == dlpack::kFloat ? "float" : t.code == dlpack::kBfloat ? "bfloat" : t.code == dlpack::kInt ? "int" : "type ";
+  const char* const kind = t.code == dlpack::kFloat ? "float" : t.code == dlpack::kBfloat ? "bfloat" : t.code == dlpack::kInt ? "int" : t.code == dlpack::kUInt ? "uint" : t.code == dlpack::kBool ? "bool" : "type ";
   return kind + std::to_string(t.bits);
 }
 

@@ -12,8 +12,9 @@ from lora_fuse._cpu import multi_lora_eager as _multi_lora_eager
 from lora_fuse.ops import multi_lora as _op
 from lora_fuse.ops.eager import under_transform
 from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
+from lora_fuse.ops.topk import magnitude_prune, sparsify, topk_mask
 
-__all__ = ["LowRankSVD", "lowrank_svd", "multi_lora"]
+__all__ = ["LowRankSVD", "lowrank_svd", "magnitude_prune", "multi_lora", "sparsify", "topk_mask"]
 
 _compiling = torch.compiler.is_compiling
 

@@ -25,3 +25,26 @@ def multi_lora(
         h = pool_a[rows].to(dtype) @ x[row].to(dtype)  # [rank]
         y[row] += weight * float(slot_scaling[slot]) * (h @ pool_b[rows].to(dtype))
     return y
+
+
+def topk_mask(
+    xs: list[Tensor], density: float, scope: str = "tensor", minus: list[Tensor] | None = None
+) -> list[Tensor]:
+    """The ``int(density * n)`` largest ``|x - minus|`` (fp32, or fp64 for fp64) by a stable sort; unchecked."""
+    sizes = []
+    for i, x in enumerate(xs):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sizes.append((x.to(wide) if minus is None else x.to(wide) - minus[i].to(wide)).abs().reshape(-1))
+    if scope == "global":
+        groups = [torch.cat(sizes)]
+    elif scope == "tensor":
+        groups = sizes
+    else:
+        cols = [x.numel() if x.dim() < 2 else x.shape[1:].numel() for x in xs]
+        groups = [row for s, c in zip(sizes, cols, strict=True) for row in s.split(max(c, 1))]
+    masks = []
+    for size in groups:
+        order = size.sort(descending=True, stable=True).indices[: int(density * size.numel())]
+        masks.append(torch.zeros(size.shape, dtype=torch.bool).index_fill_(0, order, True))
+    parts = torch.cat(masks).split([x.numel() for x in xs])
+    return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]

@@ -1,0 +1,382 @@
+// The plan around the kernels: sample a bracket for the threshold, count and collect what lies in it in one pass over the
+// entries, pick the threshold among the collected keys, share out the ties by index. Where the bracket misses the
+// threshold or too much lies inside it, histograms of the keys over all entries find it instead: slower, as exact.
+#include "topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <new>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace lora_fuse {
+namespace {
+
+constexpr int64_t kParallelEntries = 1 << 15;  // fewer are not worth a second thread
+constexpr int64_t kDirect = 2048;              // entries of a group that are all collected, without a sample
+constexpr int64_t kBlock = 1 << 16;            // keys of a block of the arena
+constexpr int64_t kMaxFound = 1 << 23;         // keys collected at once by all threads: 32 MB
+constexpr int kBinBits = 12;
+
+// f(thread, i) for begin <= i < end, `grain` of them at a time to whoever is free.
+template <class F>
+void each(int threads, int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (threads <= 1 || end - begin <= grain) {
+    for (int64_t i = begin; i < end; ++i) f(0, i);
+    return;
+  }
+  std::atomic<int64_t> next{begin};
+  parallel(threads, [&](int thread, int) {
+    for (int64_t i; (i = next.fetch_add(grain)) < end;)
+      for (const int64_t stop = std::min(end, i + grain); i < stop; ++i) f(thread, i);
+  });
+}
+
+uint64_t mix(uint64_t z) {  // SplitMix64's finaliser
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// The rank-th largest (from 1) of the keys in [low, high], by histograms of ever smaller ranges; rank becomes its
+// rank among its equals. count(high, shift, bins) does what TopkRun::histogram does for all of them.
+template <class F>
+int32_t narrow(int32_t low, int32_t high, int64_t* rank, const F& count) {
+  std::vector<int64_t> bins;
+  for (;;) {
+    const auto range = uint32_t(high - low);
+    int shift = 0;
+    while (range >> shift >> kBinBits) ++shift;
+    bins.assign((range >> shift) + 1, 0);
+    count(high, shift, &bins);
+    size_t b = 0;
+    while (b < bins.size() && *rank > bins[b]) *rank -= bins[b++];
+    if (b == bins.size()) throw std::runtime_error("the tensors changed while they were read");
+    high -= int32_t(b << shift);
+    if (shift == 0) return high;
+    low = std::max(low, high - int32_t((1u << shift) - 1));
+  }
+}
+
+}  // namespace
+
+// Keys that a thread collects, chunk after chunk; no chunk's lie in two blocks.
+class Arena {
+ public:
+  explicit Arena(int64_t max_keys) : blocks_(std::max<int64_t>(1, max_keys / kBlock)) {}
+  int32_t* room() {  // for a chunk's; null: no more
+    if (used_ == 0 || kBlock - fill_ < kTopkChunk + 16) {
+      if (used_ == blocks_.size()) return nullptr;
+      if (!blocks_[used_]) blocks_[used_].reset(new (std::nothrow) int32_t[kBlock]);
+      if (!blocks_[used_]) return nullptr;
+      ++used_, fill_ = 0;
+    }
+    return blocks_[used_ - 1].get() + fill_;
+  }
+  void keep(int64_t n) { fill_ += n; }
+  void clear() { used_ = 0, fill_ = 0; }
+
+ private:
+  std::vector<std::unique_ptr<int32_t[]>> blocks_;
+  size_t used_ = 0;
+  int64_t fill_ = 0;
+};
+
+struct Selection::Scratch {
+  struct Found {
+    Tally tally;
+    const int32_t* keys;
+  };
+  std::vector<Arena> arenas;
+  std::vector<Found> found;  // a chunk of the group each
+  std::vector<int32_t> keys;
+  Scratch(int team, int64_t max_keys) {
+    for (int t = 0; t < team; ++t) arenas.emplace_back(max_keys);
+  }
+};
+
+Selection::Selection(std::vector<TopkInput> inputs, TopkScope scope, const std::vector<int64_t>& ks)
+    : inputs_(std::move(inputs)), kept_(inputs_.size(), 0) {
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    const TopkInput& in = inputs_[i];
+    const int64_t n = in.rows * in.cols;
+    entries_ += n;
+    if (n == 0) continue;
+    const auto add = [&](int64_t begin, int64_t length) {
+      chunks_.push_back({int32_t(i), int32_t(length), begin, INT_MAX, 0, 0, 0, 0});
+    };
+    const auto first = int64_t(chunks_.size());
+    const bool by_row = scope == TopkScope::row;
+    if (in.cols > kTopkChunk || by_row) {
+      for (int64_t r = 0; r < in.rows; ++r) {
+        const auto row_first = int64_t(chunks_.size());
+        for (int64_t c = 0; c < in.cols; c += kTopkChunk) add(r * in.cols + c, std::min<int64_t>(kTopkChunk, in.cols - c));
+        if (by_row) groups_.push_back({row_first, int64_t(chunks_.size()), in.cols, ks[i]});
+      }
+    } else {
+      const int64_t step = kTopkChunk / in.cols * in.cols;
+      for (int64_t at = 0; at < n; at += step) add(at, std::min(step, n - at));
+    }
+    if (scope == TopkScope::tensor) groups_.push_back({first, int64_t(chunks_.size()), n, ks[i]});
+  }
+  if (scope == TopkScope::global && entries_) groups_.push_back({0, int64_t(chunks_.size()), entries_, ks[0]});
+}
+
+void Selection::select(int threads, TopkMethod method) {
+  const TopkKernels& kernels = lora_fuse::kernels().topk;
+  if (entries_ < kParallelEntries) threads = 1;
+  // Groups that are small beside the whole go to a thread each, the others to the team one by one.
+  const auto is_small = [&](const Group& g) { return threads == 1 || g.entries * 4 * threads <= entries_; };
+  std::vector<Scratch> scratch;
+  for (int t = 0; t < threads; ++t) scratch.emplace_back(t == 0 ? threads : 1, kMaxFound / threads);
+  std::atomic<bool> failed{false};
+  each(threads, 0, int64_t(groups_.size()), 1, [&](int thread, int64_t g) {
+    if (!is_small(groups_[g])) return;
+    try {
+      select_group(kernels, groups_[g], &scratch[thread], 1, method);
+    } catch (...) {
+      failed = true;
+    }
+  });
+  if (failed) throw std::runtime_error("selection: out of memory, or the tensors changed while they were read");
+  for (const Group& g : groups_)
+    if (!is_small(g)) select_group(kernels, g, &scratch[0], threads, method);
+
+  for (Chunk& c : chunks_) {
+    if (c.max_key > kInfinityKey) {
+      bad_ = c.input;
+      return;
+    }
+    c.kept_before = kept_[c.input];
+    kept_[c.input] += c.kept;
+  }
+}
+
+// `count` keys, one from each of as many equal stretches of the group.
+void Selection::sample(const TopkKernels& kernels, const Group& group, int64_t count, int32_t* keys, int threads) const {
+  std::vector<int64_t> starts;  // of the chunks, in entries of the group
+  int64_t total = 0;
+  for (int64_t c = group.begin; c < group.end; ++c) starts.push_back(total), total += chunks_[c].length;
+  constexpr int BATCH = 256;
+  const double stretch = double(group.entries) / double(count);
+  const auto place = [&](int64_t i) {
+    const double u = double(mix(uint64_t(i)) >> 11) * 0x1p-53;
+    return std::min(group.entries - 1, int64_t((double(i) + u) * stretch));
+  };
+  each(threads, 0, (count + BATCH - 1) / BATCH, 4, [&](int, int64_t batch) {
+    int64_t at[BATCH];
+    const int64_t first = batch * BATCH, stop = std::min(count, first + BATCH);
+    for (int64_t i = first; i < stop;) {  // the places rise: all of a chunk in one go
+      const int64_t from = place(i);
+      const auto c = int64_t(std::upper_bound(starts.begin(), starts.end(), from) - starts.begin()) - 1;
+      const Chunk& chunk = chunks_[group.begin + c];
+      int n = 0;
+      for (int64_t p = from; p < starts[c] + chunk.length; p = place(i + n)) {
+        at[n++] = p - starts[c];
+        if (i + n == stop) break;
+      }
+      run(kernels, chunk).gather(x(chunk), minus(chunk), at, n, keys + i);
+      i += n;
+    }
+  });
+}
+
+int32_t Selection::search(const TopkKernels& kernels, const Group& group, int32_t low, int32_t high, int64_t* rank, int threads) const {
+  return narrow(low, high, rank, [&](int32_t top, int shift, std::vector<int64_t>* bins) {
+    std::vector<std::vector<uint32_t>> parts(threads);
+    for (auto& part : parts) part.assign(bins->size(), 0);
+    std::vector<int64_t> filled(threads, 0);
+    const auto flush = [&](int t) {
+      for (size_t b = 0; b < bins->size(); ++b) (*bins)[b] += parts[t][b];
+    };
+    each(threads, group.begin, group.end, 4, [&](int t, int64_t i) {
+      const Chunk& c = chunks_[i];
+      run(kernels, c).histogram(x(c), minus(c), c.length, top, shift, uint32_t(bins->size()), parts[t].data());
+    });
+    for (int t = 0; t < threads; ++t) flush(t);
+  });
+}
+
+void Selection::select_group(const TopkKernels& kernels, const Group& group, Scratch* scratch, int threads, TopkMethod method) {
+  const int64_t k = group.k;
+  int32_t low = kInfinityKey, high = kInfinityKey;
+  const bool trivial = k == 0 || k == group.entries;  // still looked through for NaN
+  if (!trivial && group.entries <= kDirect) {
+    low = -1, high = kInfinityKey + 1;  // collect all
+  } else if (!trivial && method == TopkMethod::bracket) {
+    const int64_t n = group.entries, size = n < (1 << 25) ? std::clamp<int64_t>(n / 32, 256, 1 << 15) : std::min<int64_t>(n / 1024, 1 << 20);
+    std::vector<int32_t>& keys = scratch->keys;
+    keys.resize(size);
+    sample(kernels, group, size, keys.data(), threads);
+    const double p = double(k) / double(group.entries), rank = p * double(size);
+    const double margin = 4 * std::sqrt(rank * (1 - p)) + 2;
+    const auto from_top = [&](double r) {  // the sample's r-th largest
+      const auto nth = keys.end() - int64_t(r);
+      std::nth_element(keys.begin(), nth, keys.end());
+      return *nth;
+    };
+    low = rank + margin < double(size) ? from_top(std::ceil(rank + margin)) : 0;
+    high = rank - margin >= 1 ? std::min(from_top(std::floor(rank - margin)), kInfinityKey) : kInfinityKey;
+    low = std::min(low, high);
+  }
+
+  // One pass: counts, and the keys between low and high.
+  const int64_t num_chunks = group.end - group.begin;
+  auto& found = scratch->found;
+  found.resize(std::max<size_t>(found.size(), num_chunks));
+  std::atomic<bool> overflow{false};
+  const auto count = [&] {
+    for (Arena& a : scratch->arenas) a.clear();
+    each(threads, group.begin, group.end, 4, [&](int thread, int64_t i) {
+      Chunk& c = chunks_[i];
+      Arena& arena = scratch->arenas[thread];
+      int32_t spare[kTopkChunk + 16];
+      int32_t* const room = arena.room();
+      auto& f = found[i - group.begin];
+      f.tally = run(kernels, c).count(x(c), minus(c), c.length, low, high, room ? room : spare);
+      f.keys = room;
+      if (room) arena.keep(f.tally.between);
+      else if (f.tally.between) overflow = true;
+      c.max_key = f.tally.max_key;
+    });
+  };
+  count();
+  int64_t above = 0, at_high = 0, between = 0, at_low = 0;
+  for (int64_t i = 0; i < num_chunks; ++i) {
+    const Tally& t = found[i].tally;
+    if (t.max_key > kInfinityKey) return;  // reported by select()
+    above += t.above, at_high += t.at_high, between += t.between, at_low += t.at_low;
+  }
+  if (trivial) {
+    for (int64_t i = group.begin; i < group.end; ++i) {
+      Chunk& c = chunks_[i];
+      c.above = k ? 0 : INT_MAX, c.split = k ? c.length : 0, c.kept = c.split;
+    }
+    return;
+  }
+
+  // The threshold, and how many of its equals are kept.
+  int32_t threshold;
+  int64_t ties = k;
+  bool recount = false;
+  if (k <= above) {
+    threshold = search(kernels, group, high + 1, kInfinityKey, &ties, threads), recount = true;
+  } else if ((ties = k - above) <= at_high) {
+    threshold = high;
+  } else if ((ties -= at_high) <= between) {
+    if (overflow) {
+      threshold = search(kernels, group, low + 1, high - 1, &ties, threads), recount = true;
+    } else {
+      threshold = narrow(low + 1, high - 1, &ties, [&](int32_t top, int shift, std::vector<int64_t>* bins) {
+        for (int64_t i = 0; i < num_chunks; ++i)
+          for (int32_t j = 0; j < found[i].tally.between; ++j) {
+            const uint32_t bin = uint32_t(top - found[i].keys[j]) >> shift;
+            if (found[i].keys[j] <= top && bin < bins->size()) ++(*bins)[bin];
+          }
+      });
+    }
+  } else if ((ties -= between) <= at_low) {
+    threshold = low;
+  } else {
+    ties -= at_low;
+    threshold = search(kernels, group, 0, low - 1, &ties, threads), recount = true;
+  }
+  if (recount) {
+    low = high = threshold;
+    count();
+  }
+
+  for (int64_t i = 0; i < num_chunks; ++i) {
+    Chunk& c = chunks_[group.begin + i];
+    const Tally& t = found[i].tally;
+    int32_t more = t.above, equal = 0;
+    if (threshold == high) {
+      equal = t.at_high;
+    } else {
+      more += t.at_high;
+      for (int32_t j = 0; j < t.between; ++j) more += found[i].keys[j] > threshold, equal += found[i].keys[j] == threshold;
+      if (threshold == low) equal = t.at_low;
+    }
+    c.above = threshold;
+    const auto taken = int32_t(std::min<int64_t>(equal, ties));
+    ties -= taken;
+    c.kept = more + taken;
+    c.split = taken == equal ? c.length : 0;
+    if (taken && taken < equal) {  // the one chunk that the last tie to be kept lies in
+      std::vector<int32_t> keys(c.length);
+      run(kernels, c).keys(x(c), minus(c), c.length, keys.data());
+      for (int32_t seen = 0; c.split < c.length && seen < taken; ++c.split) seen += keys[c.split] == threshold;
+    }
+  }
+}
+
+void Selection::write_mask(const std::vector<uint8_t*>& out, int threads) const {
+  const TopkKernels& kernels = lora_fuse::kernels().topk;
+  if (entries_ < kParallelEntries) threads = 1;
+  each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
+    const Chunk& c = chunks_[i];
+    uint8_t* const y = out[c.input] + c.begin;
+    const TopkRun& r = run(kernels, c);
+    if (c.split) r.mask(x(c), minus(c), c.split, c.above - 1, y);
+    if (c.split < c.length) r.mask(x(c, c.split), minus(c, c.split), c.length - c.split, c.above, y + c.split);
+  });
+}
+
+void Selection::write_dense(const std::vector<char*>& out, int threads) const {
+  const TopkKernels& kernels = lora_fuse::kernels().topk;
+  if (entries_ < kParallelEntries) threads = 1;
+  each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
+    const Chunk& c = chunks_[i];
+    const int size = inputs_[c.input].itemsize;
+    char* const y = out[c.input] + c.begin * size;
+    const TopkRun& r = run(kernels, c);
+    if (c.split) r.prune(x(c), minus(c), c.split, c.above - 1, false, y);
+    if (c.split < c.length) r.prune(x(c, c.split), minus(c, c.split), c.length - c.split, c.above, false, y + int64_t(c.split) * size);
+  });
+}
+
+void Selection::write_sparse(const std::vector<SparseOutput>& out, bool own, int threads) const {
+  const TopkKernels& kernels = lora_fuse::kernels().topk;
+  if (entries_ < kParallelEntries) threads = 1;
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    if (inputs_[i].cols == 0) std::fill_n(out[i].row_starts, inputs_[i].rows, 0);
+    out[i].row_starts[inputs_[i].rows] = kept_[i];
+  }
+  std::atomic<bool> changed{false};
+  each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
+    const Chunk& c = chunks_[i];
+    const TopkInput& in = inputs_[c.input];
+    const SparseOutput& y = out[c.input];
+    const TopkRun& r = run(kernels, c);
+    uint64_t words[kTopkChunk / 64];
+    // A chunk's entries are put together here, then copied: kernels write a little beyond what they say.
+    alignas(64) char values[(kTopkChunk + 16) * 4], columns[(kTopkChunk + 16) * 4];
+    const int64_t row_words = (in.cols + 63) / 64;
+    const int column_size = y.wide ? 4 : 2;
+    int64_t count = 0;
+    for (int32_t at = 0; at < c.length;) {  // row by row, or a piece of a row
+      const int64_t row = (c.begin + at) / in.cols, column = (c.begin + at) % in.cols;
+      const auto n = int32_t(std::min<int64_t>(c.length - at, in.cols - column));
+      if (column == 0) y.row_starts[row] = c.kept_before + count;
+      r.bits(x(c, at), minus(c, at), n, c.above, c.split - at, words);
+      if (y.bitmap) std::copy_n(words, (n + 63) / 64, y.bitmap + row * row_words + column / 64);
+      else if (y.wide) kernels.columns32(words, n, int32_t(column), reinterpret_cast<int32_t*>(columns) + count);
+      else kernels.columns16(words, n, int32_t(column), reinterpret_cast<uint16_t*>(columns) + count);
+      count += r.take(x(c, at), minus(c, at), n, words, own, values + count * in.itemsize);
+      at += n;
+    }
+    if (count != c.kept) {  // another thread wrote into the input meanwhile
+      changed = true;
+      return;
+    }
+    std::copy_n(values, count * in.itemsize, static_cast<char*>(y.values) + c.kept_before * in.itemsize);
+    if (!y.bitmap) std::copy_n(columns, count * column_size, static_cast<char*>(y.columns) + c.kept_before * column_size);
+  });
+  if (changed) throw std::runtime_error("the tensors changed while they were read");
+}
+
+}  // namespace lora_fuse
