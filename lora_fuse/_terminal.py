@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from lora_fuse.compress.peru_report import PeruReport
 
 BAD_INPUT, FAILED = 2, 1
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -161,6 +164,21 @@ def new_table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in titles:
         table.add_column(title, justify="left" if title == titles[0] else "right", overflow="fold")
+    return table
+
+
+def peru_table(report: PeruReport, whole: str) -> Table:
+    """A line per task, one for the merged model, and one called ``whole`` for all of it."""
+    table = new_table("task", "kept", "of", "energy kept", "size", "fine-tune", "saved")
+
+    def sizes(nbytes: int, before: int) -> tuple[str, str, str]:
+        return size_text(nbytes), size_text(before), f"{1 - nbytes / max(1, before):.0%}"
+
+    for name, task in report.tasks.items():
+        counts = f"{task.kept:,}", f"{task.entries:,}", f"{task.energy:.2%}"
+        table.add_row(name, *counts, *sizes(task.nbytes, task.nbytes_finetuned))
+    table.add_row("merged", "", "", "", size_text(report.nbytes_merged))
+    table.add_row(whole, "", "", "", *sizes(report.nbytes, report.nbytes_finetuned), style="bold")
     return table
 
 

@@ -24,6 +24,7 @@ from lora_fuse._terminal import (
     facts_table,
     local_paths,
     new_table,
+    peru_table,
     size_text,
     stdout,
     user_errors,
@@ -83,11 +84,14 @@ def main(debug: bool) -> None:
 @click.option("--component", help="Which part of a pipeline's file, such as 'unet' or 'lora_te1'.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def inspect(path: str, model: Path | None, adapter_name: str | None, component: str | None, as_json: bool) -> None:
-    """Show what PATH holds: an adapter (PEFT folder, safetensors or kohya file, hub id) or a model folder."""
+    """Show what PATH holds: an adapter (PEFT folder, safetensors or kohya file, hub id), a model or a PERU folder."""
     with user_errors():
         from lora_fuse.checkpoints.describe import describe_adapter, describe_model, load_for_inspection
         from lora_fuse.checkpoints.read import is_checkpoint, open_checkpoint
 
+        if (Path(path).expanduser() / "peru.json").is_file():
+            _inspect_peru(Path(path).expanduser(), as_json)
+            return
         if is_checkpoint(Path(path).expanduser()):
             facts = describe_model(open_checkpoint(Path(path).expanduser()))
         else:
@@ -98,6 +102,20 @@ def inspect(path: str, model: Path | None, adapter_name: str | None, component: 
         click.echo(json.dumps(facts, indent=2))
     else:
         stdout().print(facts_table(facts))
+
+
+def _inspect_peru(folder: Path, as_json: bool) -> None:
+    from lora_fuse.checkpoints.describe import describe_peru
+    from lora_fuse.compress.peru_files import load_peru
+
+    with busy("reading"):
+        peru = load_peru(folder)
+    if as_json:
+        click.echo(json.dumps(describe_peru(peru, str(folder)), indent=2))
+        return
+    facts = {"kind": "PERU", "path": str(folder), **peru.settings, "warnings": list(peru.report.notes)}
+    stdout().print(facts_table(facts))
+    stdout().print(peru_table(peru.report, "all"))
 
 
 @main.command(
@@ -363,20 +381,10 @@ def peru_fft(
         peru = make_peru(base, dict(finetuned), progress=sys.stderr.isatty(), **options)
         with busy("writing"), staged_folder(out, overwrite, sources) as stage:
             peru.save_pretrained(stage)
-    whole = peru.report
-    table = new_table("task", "kept", "of", "energy kept", "size", "fine-tune", "saved")
-    for name, task in whole.tasks.items():
-        size, full = task.nbytes, task.nbytes_finetuned
-        counts = f"{task.kept:,}", f"{task.entries:,}", f"{task.energy:.2%}"
-        table.add_row(name, *counts, size_text(size), size_text(full), f"{1 - size / max(1, full):.0%}")
-    table.add_row("merged", "", "", "", size_text(whole.nbytes_merged))
-    saved = f"{1 - whole.nbytes / max(1, whole.nbytes_finetuned):.0%}"
-    sizes = size_text(whole.nbytes), size_text(whole.nbytes_finetuned), saved
-    table.add_row(str(out), "", "", "", *sizes, style="bold")
-    for note in whole.notes:
+    for note in peru.report.notes:
         click.echo(f"Note: {note}", err=True)
-    stdout().print(table)
-    stdout().print(treatment_text(whole.treatments), soft_wrap=True)
+    stdout().print(peru_table(peru.report, str(out)))
+    stdout().print(treatment_text(peru.report.treatments), soft_wrap=True)
 
 
 @main.command(

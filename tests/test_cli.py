@@ -17,12 +17,13 @@ import pytest
 import torch
 from checkpoint_models import LLAMA, assert_same_state, load, make_adapter, peft_merged, peft_model, save_llama
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_fuse as lf
 from lora_fuse import cli
 from lora_fuse._terminal import SizeType, Spec, parse_spec, size_text
 from lora_fuse.adapters.lora import LoraLayer
+from lora_fuse.compress import peru_fft
 from lora_fuse.merging.combine import _METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_adapter(LLAMA, root / "base", root / "a", 1, **targets)
     make_adapter(LLAMA, root / "base", root / "b", 2, r=6, **targets)
     make_adapter(LLAMA, root / "base", root / "head", 3, modules_to_save=["lm_head"], **targets)
+    tune(root / "base", root / "tuned1", 1)
+    tune(root / "base", root / "tuned2", 2)
     return root
+
+
+def tune(base: Path, folder: Path, seed: int) -> None:
+    """A full fine-tune of a model folder, with a head of its own, in one file."""
+    torch.manual_seed(seed)
+    state = {
+        name: t + 0.02 * torch.randn_like(t).pow(3)
+        for file in sorted(base.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
+    folder.mkdir()
+    save_file({**state, "score.weight": torch.randn(seed + 1, 4)}, folder / "model.safetensors", {"format": "pt"})
 
 
 def run(*args: object) -> Result:
@@ -72,6 +87,7 @@ def test_every_command_is_there_and_the_version() -> None:
     assert sorted(cli.main.commands) == sorted(COMMANDS)
     assert succeed("--version").stdout == f"lora-fuse, version {lf.__version__}\n"
     assert set(cli.METHODS) == set(_METHODS)
+    assert (cli.PERU_MERGES, cli.PERU_SCOPES) == (peru_fft.MERGES, peru_fft.SCOPES)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +254,50 @@ def test_compress(files: Path, tmp_path: Path, option: list[str]) -> None:
     assert f"{expected.report.energy:.2%}" in result.stdout
 
 
+def test_peru_fft(files: Path, tmp_path: Path) -> None:
+    out, tasks = tmp_path / "peru", {"sql": files / "tuned1", "math": files / "tuned2"}
+    given = [f"{name}={path}" for name, path in tasks.items()]
+    options = ["--density", "0.05", "--merge", "ties", "--scaling", "0.9", "--trim", "0.3", "--scope", "row"]
+    patterns = ["--exclude", "*norm*", "--exclude", "model.embed_tokens", "--shared", "*.0.mlp", "--heads", "score"]
+    result = succeed("peru-fft", files / "base", *given, *options, *patterns, "-o", out)
+    expected = lf.peru_fft(
+        files / "base",
+        tasks,
+        density=0.05,
+        merge="ties",
+        scaling=0.9,
+        trim=0.3,
+        scope="row",
+        exclude=["*norm*", "model.embed_tokens"],
+        shared="*.0.mlp",
+        heads="score",
+    )
+    written = lf.load_peru(out)
+    assert written.report == expected.report
+    for task in (None, *tasks):
+        got, want = written.state_dict(task), expected.state_dict(task)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert load_file(out / "merged.safetensors").keys() == expected.merged.keys()
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for line, (name, task) in zip(lines[1:3], expected.report.tasks.items(), strict=True):
+        assert line[:4] == [name, f"{task.kept:,}", f"{task.entries:,}", f"{task.energy:.2%}"]
+        assert " ".join(line[4:6]) == size_text(task.nbytes)
+    assert lines[3][0] == "merged"
+    assert f"{out}" in result.stdout
+    assert "3 shared (" in result.stdout
+    assert "1 head (score.weight)" in result.stdout
+    facts = json.loads(succeed("inspect", out, "--json").stdout)
+    assert (facts["kind"], facts["bytes"]) == ("PERU", expected.report.nbytes)
+    assert facts["settings"] == expected.settings
+    assert facts["tasks"]["math"]["heads"] == {"score.weight": [3, 4]}
+    assert facts["tasks"]["sql"]["kept"] == expected.adapters["sql"].nnz
+    shown = succeed("inspect", out).stdout
+    assert f"{expected.report.tasks['sql'].energy:.2%}" in shown
+    (out / "merged.safetensors").write_bytes(b"x" * 100)
+    assert "merged.safetensors" in fail("inspect", out)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -264,6 +324,19 @@ def test_compress(files: Path, tmp_path: Path, option: list[str]) -> None:
         ("compress {f}/a --rank 2 --energy 0.5 -o {o}", "--rank and --energy"),
         ("compress {f}/a {f}/a --rank 2 -o {o}", "two are called 'a'"),
         ("compress {f}/a --energy 1.5 -o {o}", "energy"),
+        ("peru-fft {f}/base sql={f}/tuned1 --density 0 --heads score -o {o}", "density: expected 0 < density <= 1"),
+        ("peru-fft {f}/base sql={f}/tuned1 --scope layer -o {o}", "'layer'"),
+        ("peru-fft {f}/base sql={f}/tuned1 --merge tsne -o {o}", "'tsne'"),
+        ("peru-fft {f}/base sql={f}/tuned1 -o {o}", "has 'score.weight', which the base lacks"),
+        ("peru-fft {f}/base sql={f}/tuned1 --heads score --shared nothing -o {o}", "shared: 'nothing' matches no"),
+        ("peru-fft {f}/base sql={f}/a -o {o}", "holds a LoRA adapter; expected a whole model"),
+        ("peru-fft {f}/base sql={f}/none -o {o}", "no such file or folder"),
+        ("peru-fft {f}/none sql={f}/tuned1 -o {o}", "no such file or folder"),
+        ("peru-fft {f}/base {f}/tuned1 -o {o}", "write NAME=PATH"),
+        ("peru-fft {f}/base ../sql={f}/tuned1 -o {o}", "'../sql' cannot be a task's name"),
+        ("peru-fft {f}/base sql={f}/tuned1 sql={f}/tuned2 -o {o}", "two are called 'sql'"),
+        ("peru-fft {f}/base sql={f}/tuned1 -o {f}/tuned1/peru", "apart from the input"),
+        ("peru-fft {f}/base sql={f}/tuned1", "--out"),
         ("inspect {f}", "choose one of"),
         ("inspect {f}/none", "none"),
         ("inspect {f}/a --model {f}/none", "no such model folder"),
@@ -283,6 +356,7 @@ def test_output_that_exists(files: Path, tmp_path: Path) -> None:
         ["merge", files / "a"],
         ["fuse", files / "base", files / "a"],
         ["compress", files / "a", "--rank", 2],
+        ["peru-fft", files / "base", f"sql={files / 'tuned1'}", "--heads", "score"],
     ):
         out = tmp_path / command[0]
         succeed(*command, "-o", out)
@@ -290,6 +364,8 @@ def test_output_that_exists(files: Path, tmp_path: Path) -> None:
         assert "not empty" in fail(*command, "-o", out)
         assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
         succeed(*command, "-o", out, "--overwrite")
+    (tmp_path / "peru-fft" / "notes.txt").write_text("mine")
+    assert "other things" in fail("merge", files / "a", "-o", tmp_path / "peru-fft", "--overwrite")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "keep.txt").write_text("mine")
     assert "other things" in fail("merge", files / "a", "-o", tmp_path / "notes", "--overwrite")

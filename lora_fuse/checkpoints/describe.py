@@ -12,6 +12,7 @@ from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.checkpoints.header import read_header
 from lora_fuse.checkpoints.match import text_config
 from lora_fuse.checkpoints.read import Checkpoint
+from lora_fuse.compress.peru_fft import Peru
 
 
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -87,6 +88,36 @@ def describe_adapter(adapter: LoraAdapter, path: str, notes: list[str] | None = 
             for name, tensor in saved.items()
         },
         "warnings": list(notes or []),
+    }
+
+
+def describe_peru(peru: Peru, path: str) -> dict[str, Any]:
+    """A PERU folder: its settings, and per task what was kept.
+
+    Returns:
+        JSON-ready values: kind, path, settings, bytes (of everything), merged_bytes, treatments (count by kind), tasks
+        (name -> kept, entries, energy, bytes, finetuned_bytes, heads by shape), warnings.
+    """
+    report = peru.report
+    return {
+        "kind": "PERU",
+        "path": path,
+        "settings": dict(peru.settings),
+        "bytes": report.nbytes,
+        "merged_bytes": report.nbytes_merged,
+        "treatments": _counts(report.treatments.values()),
+        "tasks": {
+            name: {
+                "kept": task.kept,
+                "entries": task.entries,
+                "energy": task.energy,
+                "bytes": task.nbytes,
+                "finetuned_bytes": task.nbytes_finetuned,
+                "heads": {head: list(t.shape) for head, t in peru.adapters[name].heads.items()},
+            }
+            for name, task in report.tasks.items()
+        },
+        "warnings": list(report.notes),
     }
 
 

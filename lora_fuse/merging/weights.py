@@ -64,6 +64,9 @@ class Weights(Mapping[str, Tensor]):
             raise ValueError(f"{self.label}: {name!r} has NaN or infinite entries")
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
@@ -87,8 +90,6 @@ def open_weights(label: str, source: Any) -> Weights:
         ValueError: the files are missing, damaged, pickled or an adapter's; tensors overlap in memory without being
             the same, are on the meta device, or are of a floating-point dtype below 16 bits.
     """
-    if isinstance(source, Weights):
-        return source
     if isinstance(source, nn.Module):
         return _from_dict(label, source.state_dict(), f"<{type(source).__name__}>")
     if isinstance(source, Mapping):
