@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint, same_bits
 from lora_fuse.compress.peru_plan import Patterns, Plan, make_plan, matches
 from lora_fuse.compress.peru_report import PeruReport, report_task
+from lora_fuse.functional import sparsify
 from lora_fuse.merging import full
-from lora_fuse.merging._select import sparsify
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.terms import all_finite
 from lora_fuse.merging.weights import Weights, WeightSource, open_weights
@@ -274,7 +274,7 @@ def _adapter(
     names = plan.named("pruned")
     own = [task[name] for name in names]
     targets = [merged[name] for name in names]
-    found = sparsify([_flat(t) for t in own], density, scope, minus=[_flat(t) for t in targets], values="x")
+    found = sparsify(own, density, scope, minus=targets, values="x")
     matrices: dict[str, SparseMatrix] = {}
     squares: dict[str, tuple[float, float]] = {}
     for name, ours, target, matrix in zip(names, own, targets, found, strict=True):
@@ -287,10 +287,6 @@ def _adapter(
     prints = {**prints, **{name: fingerprint(merged[name]) for name in dense if name not in prints}}
     shapes = {name: tuple(merged[name].shape) for name in matrices}
     return SparseAdapter(matrices, dense, heads, shapes, prints, density, task.source, squares)
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(t.shape[0], -1)
 
 
 def _squares(ours: Tensor, target: Tensor, matrix: SparseMatrix) -> tuple[float, float]:
