@@ -116,7 +116,7 @@ class SparseAdapter:
             )
         wide = torch.float64 if torch.float64 in (matrix.values.dtype, merged_weight.dtype) else torch.float32
         there = merged_weight.detach().reshape(-1)[matrix.flat_index()].to(wide)
-        return replace(matrix, values=matrix.values.to(wide).sub_(there).to(merged_weight.dtype))
+        return replace(matrix, values=(matrix.values.to(wide) - there).to(merged_weight.dtype))
 
     def check_merged(self, merged: Mapping[str, Tensor]) -> None:
         """Refuse weights that are not the ``theta*`` this adapter belongs to.
