@@ -354,6 +354,7 @@ def compress(
 @click.option("--shared", multiple=True, metavar="PATTERN", help="Parameters that all tasks take from the merge.")
 @click.option("--heads", multiple=True, metavar="PATTERN", help="Parameters of each task's own, such as 'classifier'.")
 @click.option("--trim", type=float, default=0.2, show_default=True, help="For ties: share of a task vector to use.")
+@click.option("--prefix", default="", help="Before the names of BASE, such as 'bert.' for an encoder without heads.")
 @_output
 @_overwrite
 def peru_fft(

@@ -94,6 +94,7 @@ def peru_fft(
     shared: Patterns = (),
     heads: Patterns = (),
     trim: float = 0.2,
+    prefix: str = "",
     progress: bool = False,
 ) -> Peru:
     """Merge full fine-tunes, and keep of each the largest differences to the merge.
@@ -123,6 +124,8 @@ def peru_fft(
         heads: patterns of parameters that are each task's own and not merged. The base may lack them or have other
             shapes; where it has them, ``merged`` has the base's.
         trim: for "ties": share of each task vector that takes part.
+        prefix: put before each of the base's names, for an encoder whose fine-tunes are classifiers around it: "bert."
+            makes its ``encoder.layer.0...`` their ``bert.encoder.layer.0...``. ``merged`` has the longer names.
         progress: show bars on stderr.
 
     Returns:
@@ -136,7 +139,9 @@ def peru_fft(
     Source: Jiang et al., arXiv:2310.01886, PERU-FFT (BYOM-FFT in its third version).
     """
     scaling = _check_options(finetuned, density, merge, scaling, scope, trim)
-    weights = open_weights("base", base)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a string such as 'bert.', got {type(prefix).__name__}")
+    weights = open_weights("base", base).renamed(prefix)
     sources = {task: open_weights(f"finetuned[{task!r}]", source) for task, source in finetuned.items()}
     plan = make_plan(weights, sources, exclude, shared, heads)
     merged = _merged(weights, plan, merge, scaling, trim, heads, progress)
@@ -225,7 +230,7 @@ def _merged(
         merged = full.ties(ours, others, scaling or 0.0, trim=trim, progress=progress)
     else:
         given = merge
-        if callable(merge):
+        if not isinstance(merge, Mapping):
             given = merge(_copies(ours, ours), [_copies(other, ours) for other in others])
             if not isinstance(given, Mapping):
                 raise TypeError(f"merge: the function returned {type(given).__name__}, expected a state dict")

@@ -182,11 +182,13 @@ def _differences(label: str, missing: Sequence[str], extra: Sequence[str]) -> st
     if extra:
         parts.append(f"has {_few(extra)}, which the base lacks")
     text = f"{label}: {' and '.join(parts)}"
-    for shorter, longer, who in ((missing, extra, "the fine-tune's"), (extra, missing, "the base's")):
-        for name in shorter[:1]:
-            prefix = next((n.removesuffix(name) for n in longer if n.endswith(f".{name}")), None)
-            if prefix:
-                return f"{text}; {who} names start with {prefix!r}: give models of the same class"
+    for names, others, advice in (
+        (missing, extra, "the fine-tune's names start with {0!r}: give prefix={0!r}, and name heads in heads="),
+        (extra, missing, "the base's names start with {0!r}: give models of the same class"),
+    ):
+        for name in names[:1]:
+            if before := next((n.removesuffix(name) for n in others if n.endswith(f".{name}")), None):
+                return f"{text}; {advice.format(before)}"
     if extra and not missing:
         text += "; if every task has its own, name them in heads="
     return text

@@ -73,6 +73,12 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def renamed(self, prefix: str) -> Weights:
+        """The same tensors, ``prefix`` before each name."""
+        aliases = {prefix + name: prefix + first for name, first in self.aliases.items()}
+        entries = {prefix + name: entry for name, entry in self.entries.items()}
+        return Weights(self.label, entries, aliases, self.source, [prefix + name for name in self.names])
+
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())

@@ -261,6 +261,50 @@ def test_other_dtypes_are_rounded_to_the_bases() -> None:
     assert_same(state, {**copy.deepcopy(task).bfloat16().state_dict(), **head})
 
 
+def test_odd_shapes_and_mixed_dtypes() -> None:
+    base = {
+        "half": torch.randn(6, 4).half(),
+        "double": torch.randn(5, 3).double(),
+        "wide": torch.randn(2, 70_000),
+        "thin": torch.randn(9, 1),
+        "conv1d": torch.randn(4, 3, 5).bfloat16(),
+        "empty": torch.randn(0, 3),
+        "scalar": torch.tensor(2.0),
+        "flag": torch.tensor([True, False]),
+    }
+    task = {
+        name: t + 0.1 * torch.randn(t.shape).to(t.dtype) if t.is_floating_point() else ~t for name, t in base.items()
+    }
+    pruned = ["half", "double", "wide", "thin", "conv1d"]
+    for scope in ("global", "tensor", "row"):
+        peru = lf.peru_fft(base, {"a": task}, density=0.25, scope=scope)  # type: ignore[arg-type]
+        adapter, state = peru.adapters["a"], peru.state_dict("a")
+        masks = reference_kept([task[n] for n in pruned], [peru.merged[n] for n in pruned], 0.25, scope)
+        for name, mask in zip(pruned, masks, strict=True):
+            assert torch.equal(adapter.matrices[name].mask().view_as(mask), mask)
+            assert torch.equal(state[name], torch.where(mask, task[name], peru.merged[name]))
+        assert adapter.dense.keys() == {"scalar", "flag"}
+        assert [n for n, kind in peru.report.treatments.items() if kind == "pruned"] == pruned
+        assert torch.equal(state["flag"], ~base["flag"])
+        assert torch.equal(peru.merged["flag"], base["flag"])
+        assert adapter.matrices["wide"].bitmap is not None or adapter.matrices["wide"].columns.dtype == torch.int32  # type: ignore[union-attr]
+    assert_same(lf.peru_fft(base, {"a": task}, density=1.0, merge="ties").state_dict("a"), task)
+    small = {name: base[name] for name in ("scalar", "flag")}
+    peru = lf.peru_fft(small, {"a": {name: task[name] for name in small}}, merge="ties")  # nothing to prune
+    assert (peru.adapters["a"].nnz, peru.report.tasks["a"].energy) == (0, 1.0)
+
+
+def test_prefix() -> None:
+    base, tasks = make(), {"sql": tuned(make(), 1).state_dict(), "math": tuned(make(), 2).state_dict()}
+    inside = {task: {f"net.{n}": t for n, t in state.items()} | {"top": torch.ones(2)} for task, state in tasks.items()}
+    plain, peru = lf.peru_fft(base, tasks), lf.peru_fft(base, inside, prefix="net.", heads="top")
+    assert_same(peru.merged, {f"net.{name}": t for name, t in plain.merged.items()})
+    assert peru.aliases == {"net.out.weight": "net.emb.weight"}
+    for task in tasks:
+        want = {f"net.{name}": t for name, t in plain.state_dict(task).items()} | {"top": torch.ones(2)}
+        assert_same(peru.state_dict(task), want)
+
+
 def test_integer_buffers_that_one_side_lacks() -> None:
     base = make().state_dict()
     tasks = {"sql": tuned(make(), 1).state_dict(), "math": tuned(make(), 2).state_dict()}
@@ -282,7 +326,9 @@ def test_residual(nets: tuple[Net, dict[str, Net]]) -> None:
     adapter = peru.adapters["chat"]
     for name in PRUNED:
         merged, own = peru.merged[name], tasks["chat"].state_dict()[name]
+        before = adapter.matrices[name].values.clone()
         residual = adapter.residual(name, merged)
+        assert torch.equal(bits(adapter.matrices[name].values), bits(before))
         accurate = torch.float64 if merged.dtype == torch.float64 else torch.float32
         want = (own.to(accurate) - merged.to(accurate)).to(merged.dtype).reshape(residual.shape)
         mask = adapter.matrices[name].mask()
@@ -397,7 +443,7 @@ TRANSPOSED["b"] = TRANSPOSED["a"].t()
         ({"a": STATE}, {"merge": "average", "scaling": 0.5}, "scaling: 0.5 has no meaning for merge='average'"),
         ({"a": _without(STATE, "conv.bias")}, {}, r"finetuned\['a'\]: lacks 'conv.bias' of the base"),
         ({"a": {**STATE, "new": torch.ones(2)}}, {}, "has 'new', which the base lacks; if every task .* heads="),
-        ({"a": _prefixed(STATE)}, {}, "the fine-tune's names start with 'net.': give models of the same class"),
+        ({"a": _prefixed(STATE)}, {}, "the fine-tune's names start with 'net.': give prefix='net.'"),
         (
             {"a": {**STATE, "head.bias": torch.ones(4)}},
             {},
@@ -450,6 +496,7 @@ def test_bad_values(tasks: Any, options: dict[str, Any], message: str) -> None:
         (STATE, {"a": {"x": 3}}, {}, "expected tensors by name, got int for 'x'"),
         (STATE, {"a": STATE}, {"merge": 3}, "merge: expected one of .* got int"),
         (STATE, {"a": STATE}, {"merge": lambda base, others: None}, "merge: the function returned NoneType"),
+        (STATE, {"a": STATE}, {"prefix": None}, "prefix: expected a string such as 'bert.', got NoneType"),
         (STATE, {"a": STATE}, {"exclude": [3]}, "exclude: expected patterns for parameter names, got int"),
     ],
 )

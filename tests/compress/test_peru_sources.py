@@ -115,7 +115,7 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
             lf.peru_fft(place, {"a": good})
         with pytest.raises(ValueError, match=message.replace("base:", r"finetuned\['a'\]:")):
             lf.peru_fft(good, {"a": place})
-    with pytest.raises(ValueError, match=r"the fine-tune's names start with 'net.': give models of the same class"):
+    with pytest.raises(ValueError, match=r"the fine-tune's names start with 'net.': give prefix='net.'"):
         lf.peru_fft(good, {"a": renamed})
     with pytest.raises(ValueError, match=r"the base's names start with 'net.': give models of the same class"):
         lf.peru_fft(renamed, {"a": good})
@@ -126,3 +126,38 @@ def test_load_adapter_points_to_load_peru(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "sql"):
         with pytest.raises(ValueError, match=r"not a LoRA; use lora_fuse.load_peru"):
             lf.load_adapter(place)
+
+
+def test_real_models_from_folder_to_folder(tmp_path: Path) -> None:
+    """An encoder, classifiers around it with heads of several widths, saved by transformers; shards, prefix, logits."""
+    transformers = pytest.importorskip("transformers", reason="writes the folders")
+    sizes = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=40))
+    encoder.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    ids, tasks = torch.randint(0, 97, (3, 9)), {"sql": 2, "math": 3}
+    models, logits = {}, {}
+    for task, width in tasks.items():
+        config = transformers.BertConfig(**sizes, intermediate_size=40, num_labels=width)
+        models[task] = transformers.BertForSequenceClassification(config).eval()
+        models[task].bert.load_state_dict(encoder.state_dict())
+        with torch.no_grad():
+            for parameter in models[task].parameters():
+                parameter.add_(torch.randn_like(parameter).pow(3), alpha=0.02)
+            logits[task] = models[task](ids).logits
+        models[task].save_pretrained(tmp_path / task)
+    folders = {task: tmp_path / task for task in tasks}
+    with pytest.raises(ValueError, match=r"start with 'bert.': give prefix='bert.', and name heads in heads="):
+        lf.peru_fft(tmp_path / "base", folders)
+    for density in (0.1, 1.0):
+        made = lf.peru_fft(tmp_path / "base", folders, density=density, prefix="bert.", heads="classifier")
+        made.save_pretrained(tmp_path / f"peru{density}")
+        peru = lf.load_peru(tmp_path / f"peru{density}")
+        assert all(name.startswith("bert.") for name in peru.merged)
+        for task, model in models.items():
+            fresh = transformers.BertForSequenceClassification(model.config).eval()
+            fresh.load_state_dict(peru.state_dict(task))
+            with torch.no_grad():
+                got = fresh(ids).logits
+            error = float((got - logits[task]).norm() / logits[task].norm())
+            assert error == 0.0 if density == 1.0 else 0.0 < error < 1.0
