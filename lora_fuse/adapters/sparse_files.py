@@ -157,6 +157,7 @@ def _matrix_info(path: Path, name: str, info: Any) -> tuple[tuple[int, ...], tup
             and info["positions"] in ("columns", "bitmap")
             and len(shape) >= 2
             and all(type(size) is int and size > 0 for size in shape)
+            and math.prod(shape) < 1 << 62
             and len(squares) == 2
             and all(type(value) in (int, float) for value in squares)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from lora_fuse.adapters._atomic import atomic_directory
 from lora_fuse.adapters.files import read_safetensors, write_json, write_safetensors
 from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
 from lora_fuse.adapters.sparse_files import check_tensors, load_sparse_adapter, read_fields, write_sparse_adapter
-from lora_fuse.compress.peru_fft import Peru, check_task_name
+from lora_fuse.compress.peru_fft import MERGES, SCOPES, Peru, check_task_name
 from lora_fuse.compress.peru_plan import Treatment
 from lora_fuse.compress.peru_report import PeruReport, report_task
 
@@ -38,6 +39,8 @@ def save_peru(peru: Peru, directory: str | os.PathLike[str]) -> None:
     for task, adapter in peru.adapters.items():
         check_task_name(task)
         adapter.check()
+        if task not in peru.report.tasks:
+            raise ValueError(f"adapters[{task!r}]: the report has no such task; use peru_fft(..., merge=peru.merged)")
         _check_fit(f"adapters[{task!r}]", adapter, tensors, checksums, peru.report.treatments)
     config = {
         "format": _FORMAT,
@@ -76,6 +79,7 @@ def load_peru(directory: str | os.PathLike[str], tasks: Iterable[str] | None = N
     if not path.is_file():
         raise ValueError(f"{folder}: not a PERU folder: there is no {PERU_CONFIG} in it")
     config = read_fields(path, _FORMAT, _VERSION, _FIELDS)
+    _check_settings(path, config["settings"])
     wanted = _wanted(folder, config["tasks"], tasks)
     stored, _ = read_safetensors(folder / MERGED_NAME)
     check_tensors(folder / MERGED_NAME, stored, config["checksums"])
@@ -109,6 +113,22 @@ def _wanted(folder: Path, known: Mapping[str, Any], tasks: Iterable[str] | None)
         if task not in known:
             raise ValueError(f"tasks: {folder} has no task {task!r}; it has {', '.join(map(repr, known))}")
     return list(dict.fromkeys(wanted))
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    def number(name: str) -> bool:
+        return type(settings.get(name)) in (int, float) and math.isfinite(settings[name])
+
+    merge = settings.get("merge")
+    sound = {
+        "density": number("density") and 0 < settings["density"] <= 1,
+        "merge": merge in (*MERGES, "given"),
+        "scaling": number("scaling") if merge in ("task_arithmetic", "ties") else settings.get("scaling", 0) is None,
+        "scope": settings.get("scope") in SCOPES,
+        **({"trim": number("trim") and 0 < settings["trim"] <= 1} if merge == "ties" else {}),
+    }
+    if wrong := [name for name, right in sound.items() if not right] or sorted(settings.keys() - sound.keys()):
+        raise ValueError(f"{path}: damaged: 'settings' has {wrong[0]!r} as {str(settings.get(wrong[0]))[:200]}")
 
 
 def _check_names(path: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:

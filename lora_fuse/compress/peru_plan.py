@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
+from torch import Tensor
+
+from lora_fuse.adapters.sparse_adapter import same_bits
+from lora_fuse.merging.terms import all_finite
 from lora_fuse.merging.weights import Entry, Weights
 
 Treatment: TypeAlias = Literal["pruned", "dense", "shared", "head"]
@@ -145,13 +149,14 @@ def _fit(base: Weights, task: Weights, treatments: Mapping[str, Treatment], head
         entries[name] = _cast(task.label, name, theirs, ours)
     known = {*base.entries, *base.aliases}
     extra = []
-    for name, entry in task.entries.items():
-        others = [name, *(alias for alias, first in task.aliases.items() if first == name)]
-        if not known.isdisjoint(others):
+    taken = {task.aliases.get(name, name) for name in known}
+    for name in task.names:
+        first = task.aliases.get(name, name)
+        if name in known or first in taken:
             continue
-        if any(matches(n, pattern) for n in others for pattern in heads):
-            entries[name] = entry
-        elif entry.dtype.is_floating_point:
+        if any(matches(name, pattern) for pattern in heads):
+            entries[name] = task.entries[first]  # tied heads under each of their names, as a state dict has them
+        elif task.entries[first].dtype.is_floating_point:
             extra.append(name)
         else:
             odd.extra.append((name, task.label))
@@ -161,8 +166,6 @@ def _fit(base: Weights, task: Weights, treatments: Mapping[str, Treatment], head
 
 
 def _equal(task: Weights, a: str, b: str) -> bool:
-    from lora_fuse.adapters.sparse_adapter import same_bits
-
     return same_bits(task[a], task[b])
 
 
@@ -172,7 +175,15 @@ def _cast(label: str, name: str, theirs: Entry, ours: Entry) -> Entry:
         return theirs
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
         raise ValueError(f"{label}: {name!r} is {theirs.dtype}, the base's is {ours.dtype}")
-    return replace(theirs, dtype=ours.dtype, read=lambda: theirs.read().to(ours.dtype))
+
+    def read() -> Tensor:
+        tensor = theirs.read()
+        rounded = tensor.to(ours.dtype)
+        if all_finite(tensor) and not all_finite(rounded):
+            raise ValueError(f"{label}: {name!r} overflows {ours.dtype}, the base's dtype")
+        return rounded
+
+    return replace(theirs, dtype=ours.dtype, read=read)
 
 
 def _differences(label: str, missing: Sequence[str], extra: Sequence[str]) -> str:

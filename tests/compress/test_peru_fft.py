@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peru_models import PRUNED, Net, assert_same, bits, make, tuned, wide
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_fuse as lf
 from lora_fuse.adapters.sparse_adapter import fingerprint
@@ -294,6 +294,32 @@ def test_odd_shapes_and_mixed_dtypes() -> None:
     assert (peru.adapters["a"].nnz, peru.report.tasks["a"].energy) == (0, 1.0)
 
 
+def test_tied_heads_keep_both_names() -> None:
+    base, task = make(), tuned(make(), 1)
+    task.decoder = nn.Linear(5, 4)
+    task.decoder.register_parameter("tied", task.decoder.bias)
+    peru = lf.peru_fft(base, {"a": task}, heads="decoder")
+    assert_same(lf.peru_fft(base, {"a": task}, heads="decoder", density=1.0).state_dict("a"), task.state_dict())
+    assert set(peru.adapters["a"].heads) == {"decoder.weight", "decoder.bias", "decoder.tied"}
+    short = {name: t for name, t in base.state_dict().items() if name != "out.weight"}  # as files hold tied weights
+    peru = lf.peru_fft(short, {"a": tuned(make(), 1)})
+    assert peru.merged.keys() == short.keys()
+    assert peru.adapters["a"].heads == {}
+
+
+def test_a_task_may_come_later() -> None:
+    base = make()
+    first = lf.peru_fft(base, {"sql": tuned(base, 1), "math": tuned(base, 2)})
+    later = lf.peru_fft(base, {"chat": tuned(base, 3)}, merge=first.merged)
+    later.adapters["chat"].check_merged(first.merged)
+    assert_same(later.merged, first.merged)
+    masks = reference_kept(
+        [tuned(base, 3).state_dict()[n] for n in PRUNED], [first.merged[n] for n in PRUNED], 0.1, "global"
+    )
+    for name, mask in zip(PRUNED, masks, strict=True):
+        assert torch.equal(later.adapters["chat"].matrices[name].mask().view_as(mask), mask)
+
+
 def test_prefix() -> None:
     base, tasks = make(), {"sql": tuned(make(), 1).state_dict(), "math": tuned(make(), 2).state_dict()}
     inside = {task: {f"net.{n}": t for n, t in state.items()} | {"top": torch.ones(2)} for task, state in tasks.items()}
@@ -512,7 +538,7 @@ def test_overflow_is_refused(merge: Any) -> None:
     options: dict[str, Any] = {} if merge == "average" else {"scaling": 3.0}
     if merge == "average":
         tasks["0"]["w"] = tasks["0"]["w"] + 1e5  # overflows as it is rounded to the base's dtype
-    with pytest.raises(ValueError, match=r"'w' .*NaN or infinite"):
+    with pytest.raises(ValueError, match=r"'w' (has NaN or infinite entries, or )?overflows torch.float16"):
         lf.peru_fft(base, tasks, merge=merge, **options)
 
 

@@ -66,6 +66,19 @@ def test_the_same_bits_come_back(tmp_path: Path, density: float, dtype: torch.dt
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["peru"]
 
 
+@pytest.mark.parametrize("merge", ["average", "ties", {}, None], ids=["average", "ties", "function", "given"])
+def test_every_kind_of_merge_comes_back(tmp_path: Path, merge: Any) -> None:
+    merge = make_peru().merged if merge is None else merge or (lambda base, others: others[0])
+    peru = make_peru(merge=merge, scope="tensor")
+    peru.save_pretrained(tmp_path)
+    back = lf.load_peru(tmp_path)
+    assert (back.settings, back.report) == (peru.settings, peru.report)
+    peru.adapters["new"] = peru.adapters["sql"]
+    with pytest.raises(ValueError, match=r"adapters\['new'\]: the report has no such task"):
+        peru.save_pretrained(tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
 def test_the_files_are_plain(tmp_path: Path) -> None:
     """What docs/peru.md says: names, dtypes and JSON, readable without this package."""
     peru = make_peru(0.9)
@@ -359,6 +372,15 @@ EMB = ("matrices", "emb.weight")
         ("peru.json", lambda c: c.pop("tasks"), "damaged: lacks 'tasks'"),
         ("peru.json", _set("more", to=1), "unknown fields 'more'"),
         ("peru.json", _set("tasks", to=["sql"]), "'tasks' is damaged: got list"),
+        ("peru.json", _set("settings", "density", to=0), "'settings' has 'density' as 0"),
+        ("peru.json", _set("settings", "density", to="0.1"), "'settings' has 'density' as 0.1"),
+        ("peru.json", _set("settings", "merge", to="tsne"), "'settings' has 'merge' as tsne"),
+        ("peru.json", _set("settings", "merge", to=[]), "'settings' has 'merge' as "),
+        ("peru.json", _set("settings", "scaling", to=None), "'settings' has 'scaling' as None"),
+        ("peru.json", _set("settings", "scaling", to=float("inf")), "'settings' has 'scaling' as inf"),
+        ("peru.json", _set("settings", "scope", to=1), "'settings' has 'scope' as 1"),
+        ("peru.json", _set("settings", "trim", to=0.2), "'settings' has 'trim' as 0.2"),
+        ("peru.json", lambda c: c["settings"].pop("density"), "'settings' has 'density' as None"),
         ("peru.json", _set("tasks", "../sql", to={"nbytes_finetuned": 1}), "'../sql' cannot be a task's name"),
         ("peru.json", _set("tasks", "more", to={"nbytes_finetuned": 1}), "more/sparse_adapter.json: no such file"),
         ("peru.json", _set("tasks", "sql", to={}), "damaged: task 'sql'"),
