@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import lora_fuse as lf
 
@@ -22,3 +24,12 @@ def test_the_function_adapters_does_not_hide_the_subpackage() -> None:
     package = importlib.import_module("lora_fuse.adapters")
     for module in pkgutil.iter_modules(package.__path__):
         assert getattr(lf.adapters, module.name) is importlib.import_module(f"lora_fuse.adapters.{module.name}")
+
+
+def test_import_is_light() -> None:
+    """Nothing that only the command line, files of other tools or the hub need."""
+    code = "import sys, lora_fuse; print(*{name.partition('.')[0] for name in sys.modules}, *sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "lora_fuse.compress.peru_fft" in loaded
+    heavy = {"click", "rich", "peft", "transformers", "huggingface_hub", "matplotlib", "lora_fuse.checkpoints"}
+    assert heavy.isdisjoint(loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ Scope: TypeAlias = Literal["global", "tensor", "row"]
 MERGES = ("task_arithmetic", "average", "ties")
 SCOPES = ("global", "tensor", "row")
 _DEFAULT_SCALING = {"task_arithmetic": 0.3, "ties": 1.0}
-_PIECE = 1 << 20
+_PIECE = 1 << 14  # entries that torch sums in one thread, so that sums do not depend on how many there are
 # Task names are folders on disk, on file systems that know no case and reserve some characters.
 _TASK_NAME = re.compile(r"[^\W_][\w .+@-]*(?<![ .])")
 
@@ -297,9 +298,9 @@ def _adapter(
 def _squares(ours: Tensor, target: Tensor, matrix: SparseMatrix) -> tuple[float, float]:
     """Sums of squares of ``ours - target`` over the kept places and over all, in fp64."""
     a, b = ours.reshape(-1), target.reshape(-1)
-    total = sum(
-        float((a[i : i + _PIECE].double() - b[i : i + _PIECE].double()).square().sum())
-        for i in range(0, a.numel(), _PIECE)
-    )
-    kept = float((matrix.values.double() - b[matrix.flat_index()].double()).square().sum())
-    return kept, total
+    return _square_sum(matrix.values, b[matrix.flat_index()]), _square_sum(a, b)
+
+
+def _square_sum(a: Tensor, b: Tensor) -> float:
+    pieces = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+    return math.fsum(float((x.double() - y.double()).square_().sum()) for x, y in pieces)

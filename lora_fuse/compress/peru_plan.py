@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from lora_fuse.adapters.sparse_adapter import same_bits
@@ -40,10 +42,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Odd:
-    """Integer buffers (such as position ids, which some releases save and others do not) by name and fine-tune."""
+    """What the report has to mention.
 
-    missing: list[tuple[str, str]]
-    extra: list[tuple[str, str]]
+    Args:
+        missing, extra: integer buffers (such as position ids, which some releases save and others do not) by name and
+            fine-tune.
+        rounded: fine-tune, its dtype and the base's, where the latter does not hold the former.
+    """
+
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    extra: list[tuple[str, str]] = field(default_factory=list)
+    rounded: list[tuple[str, torch.dtype, torch.dtype]] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         notes = []
@@ -53,6 +62,10 @@ class _Odd:
         ):
             for name in dict.fromkeys(name for name, _ in pairs):
                 notes.append(text.format(name, ", ".join(label for n, label in pairs if n == name)))
+        for (label, theirs, ours), count in Counter(self.rounded).items():
+            notes.append(
+                f"{label}: {count} tensor{'s' if count > 1 else ''} rounded from {theirs} to the base's {ours}"
+            )
         return notes
 
 
@@ -93,7 +106,7 @@ def make_plan(
                 "the patterns have to treat them alike; untie them first if they are to differ"
             )
         treatments[name] = next(iter(asked.values()), "pruned" if _prunable(entry) else "dense")
-    odd = _Odd([], [])
+    odd = _Odd()
     tasks = {task: _fit(base, weights, treatments, kinds["head"], odd) for task, weights in finetuned.items()}
     for weights in tasks.values():
         treatments.update(dict.fromkeys((name for name in weights if name not in treatments), "head"))
@@ -147,6 +160,8 @@ def _fit(base: Weights, task: Weights, treatments: Mapping[str, Treatment], head
                 f"task has its own, name it in heads="
             )
         entries[name] = _cast(task.label, name, theirs, ours)
+        if torch.promote_types(theirs.dtype, ours.dtype) != ours.dtype:
+            odd.rounded.append((task.label, theirs.dtype, ours.dtype))
     known = {*base.entries, *base.aliases}
     extra = []
     taken = {task.aliases.get(name, name) for name in known}
@@ -173,7 +188,7 @@ def _cast(label: str, name: str, theirs: Entry, ours: Entry) -> Entry:
     """``theirs`` in the base's dtype, as loading it into the base's model would round it."""
     if theirs.dtype == ours.dtype:
         return theirs
-    if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
+    if not (theirs.dtype.is_floating_point and ours.dtype.is_floating_point):
         raise ValueError(f"{label}: {name!r} is {theirs.dtype}, the base's is {ours.dtype}")
 
     def read() -> Tensor:

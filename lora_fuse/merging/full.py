@@ -1,8 +1,9 @@
 """Merges of full fine-tunes: one set of weights from a base model and its fine-tunes, all given as state dicts.
 
-The functions take any mapping from names to tensors, one that reads files at every access too. Floating-point tensors
-are merged, the others (step counters, position ids) are the base's. Sums run in fp64, in pieces, and are rounded once
-to the base's dtype, so that ``task_arithmetic`` of one fine-tune with scaling 1 gives that fine-tune back.
+The functions take any mapping from names to tensors, one that reads files at every access too; a tensor under two names
+is two (``peru_fft`` passes each once). Floating-point tensors are merged, the others (step counters, position ids) are
+the base's. Sums run in fp64, in pieces, and are rounded once to the base's dtype, so that ``task_arithmetic`` of one
+fine-tune with scaling 1 gives that fine-tune back.
 """
 
 from __future__ import annotations

@@ -259,6 +259,9 @@ def test_other_dtypes_are_rounded_to_the_bases() -> None:
     peru = lf.peru_fft(base, {"sql": {**task.state_dict(), **head}}, density=1.0, heads="head")
     state = peru.state_dict("sql")
     assert_same(state, {**copy.deepcopy(task).bfloat16().state_dict(), **head})
+    assert peru.report.notes == ["finetuned['sql']: 11 tensors rounded from torch.float32 to the base's torch.bfloat16"]
+    exact = lf.peru_fft(task, {"sql": base})  # the other way loses nothing
+    assert exact.report.notes == []
 
 
 def test_odd_shapes_and_mixed_dtypes() -> None:
@@ -419,8 +422,10 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 
 def test_neither_threads_nor_strides_matter() -> None:
-    base = make()
-    tasks = {"sql": tuned(base, 1).state_dict(), "math": tuned(base, 2).state_dict()}
+    base = make().state_dict()
+    tasks = {"sql": tuned(make(), 1).state_dict(), "math": tuned(make(), 2).state_dict()}
+    for state in (base, *tasks.values()):
+        state["large"] = torch.randn(400, 400)  # large enough for torch to share out a sum among threads
     strided = {t: {n: torch.stack([x, x], -1)[..., 0] for n, x in s.items()} for t, s in tasks.items()}
     threads = torch.get_num_threads()
     results = []
@@ -434,6 +439,7 @@ def test_neither_threads_nor_strides_matter() -> None:
         assert_same(other.merged, results[0].merged)
         for task in tasks:
             assert_same(other.state_dict(task), results[0].state_dict(task))
+        assert other.report == results[0].report  # energies to the last bit
 
 
 def _without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -480,6 +486,12 @@ TRANSPOSED["b"] = TRANSPOSED["a"].t()
             {},
             "'conv.bias' is torch.int32, the base's is torch.float32",
         ),
+        (
+            {"a": {**STATE, "norm.num_batches_tracked": torch.tensor(1.0)}},
+            {},
+            "is torch.float32, the base's is torch.int64",
+        ),
+        ({"a": {**STATE, "norm.num_batches_tracked": torch.tensor(1).int()}}, {}, "is torch.int32, the base's is"),
         ({"a": NAN}, {}, r"finetuned\['a'\]: 'conv.weight' has NaN or infinite entries"),
         ({"a": INF}, {}, r"finetuned\['a'\]: 'norm.bias' has NaN or infinite entries"),
         ({"a": INF}, {"merge": "ties"}, r"finetuned\['a'\]: 'norm.bias' has NaN or infinite entries"),
