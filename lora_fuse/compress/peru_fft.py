@@ -178,6 +178,8 @@ def check_task_name(name: object) -> str:
             f"finetuned: {name!r} cannot be a task's name, which becomes a folder's; start with a letter or digit, and "
             "use letters, digits, blanks and any of _ . + @ -"
         )
+    if name.casefold() in ("peru.json", "merged.safetensors"):
+        raise ValueError(f"finetuned: {name!r} cannot be a task's name, a file of a PERU folder is called so")
     return name
 
 

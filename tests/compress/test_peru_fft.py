@@ -503,6 +503,7 @@ TRANSPOSED["b"] = TRANSPOSED["a"].t()
         ({"a": STATE}, {"heads": "head", "exclude": "*.bias"}, "exclude and heads: both match 'head.bias'"),
         ({"a": STATE}, {"heads": "out.weight"}, "'emb.weight', 'out.weight' are one tensor in the base"),
         ({"../a": STATE}, {}, "'../a' cannot be a task's name"),
+        ({"Peru.json": STATE}, {}, "a file of a PERU folder is called so"),
         ({"": STATE}, {}, "'' cannot be a task's name"),
         ({"a.": STATE}, {}, "'a.' cannot be a task's name"),
         ({"a": STATE, "A": STATE}, {}, "'a' and 'A' differ in case only"),
