@@ -53,6 +53,7 @@ class SparseAdapter:
         density: the share of entries that was asked for.
         source: where the fine-tune came from, for messages.
         squares: pruned parameter name -> sums of squares of ``theta_t - theta*``: over the kept places, and over all.
+        aliases: other names of ``theta*``'s tensors (tied weights) -> the name used here.
     """
 
     matrices: Mapping[str, SparseMatrix]
@@ -63,6 +64,7 @@ class SparseAdapter:
     density: float
     source: str = "<memory>"
     squares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the adapter holds."""
@@ -140,7 +142,7 @@ class SparseAdapter:
         """The task's whole model: ``theta*`` with the task's values written in.
 
         Args:
-            merged: ``theta*``. Names that share one tensor (tied weights) share the task's too.
+            merged: ``theta*``. Names of one tensor (tied weights, ``aliases``) share the task's too.
         Returns:
             ``merged``'s names, then heads that it lacks. What the task changes is new; the rest is ``merged``'s own.
         Raises:
@@ -151,7 +153,7 @@ class SparseAdapter:
         for name, value in self._changed(merged).items():
             old = merged.get(name)
             for other, tensor in merged.items():
-                if old is not None and _same_memory(tensor, old):
+                if self.aliases.get(other) == name or (old is not None and _same_memory(tensor, old)):
                     state[other] = value
             state[name] = value
         return state

@@ -60,6 +60,7 @@ def write_sparse_adapter(adapter: SparseAdapter, folder: Path) -> None:
         "dense": list(adapter.dense),
         "heads": list(adapter.heads),
         "merged": dict(adapter.fingerprint),
+        "aliases": dict(adapter.aliases),
         "checksums": {key: fingerprint(t) for key, t in sorted(tensors.items())},
     }
     write_json(folder / SPARSE_CONFIG, config)
@@ -79,7 +80,7 @@ def load_sparse_adapter(directory: str | os.PathLike[str]) -> SparseAdapter:
     """
     folder = Path(directory).expanduser()
     path = folder / SPARSE_CONFIG
-    fields = {"density": (int, float), "matrices": dict, "dense": list, "heads": list, "merged": dict}
+    fields = {"density": (int, float), "matrices": dict, "dense": list, "heads": list, "merged": dict, "aliases": dict}
     config = read_fields(path, _FORMAT, _VERSION, {**fields, "checksums": dict})
     tensors, _ = read_safetensors(folder / SPARSE_WEIGHTS)
     check_tensors(folder / SPARSE_WEIGHTS, tensors, config["checksums"])
@@ -96,10 +97,12 @@ def load_sparse_adapter(directory: str | os.PathLike[str]) -> SparseAdapter:
     heads = {name: _take(path, tensors, f"{_HEAD}{name}") for name in config["heads"]}
     if tensors:
         raise ValueError(f"{folder / SPARSE_WEIGHTS}: unknown tensors {_few(tensors)}; {path.name} does not name them")
-    if not all(isinstance(value, str) for value in config["merged"].values()):
-        raise ValueError(f"{path}: 'merged' is not a checksum per parameter")
+    for field in ("merged", "aliases"):
+        if not all(isinstance(value, str) for value in config[field].values()):
+            raise ValueError(f"{path}: damaged: {field!r} does not hold text only")
     density = float(config["density"])
-    adapter = SparseAdapter(matrices, dense, heads, shapes, config["merged"], density, str(folder), squares)
+    prints, aliases = config["merged"], config["aliases"]
+    adapter = SparseAdapter(matrices, dense, heads, shapes, prints, density, str(folder), squares, aliases)
     adapter.check()
     for name, matrix in matrices.items():
         if matrix.nnz != config["matrices"][name]["kept"]:

@@ -294,7 +294,7 @@ def _adapter(
     heads = {name: task[name].clone().contiguous() for name in plan.named("head") if name in task}
     prints = {**prints, **{name: fingerprint(merged[name]) for name in dense if name not in prints}}
     shapes = {name: tuple(merged[name].shape) for name in matrices}
-    return SparseAdapter(matrices, dense, heads, shapes, prints, density, task.source, squares)
+    return SparseAdapter(matrices, dense, heads, shapes, prints, density, task.source, squares, plan.aliases)
 
 
 def _squares(ours: Tensor, target: Tensor, matrix: SparseMatrix) -> tuple[float, float]:

@@ -42,6 +42,7 @@ def save_peru(peru: Peru, directory: str | os.PathLike[str]) -> None:
         if task not in peru.report.tasks:
             raise ValueError(f"adapters[{task!r}]: the report has no such task; use peru_fft(..., merge=peru.merged)")
         _check_fit(f"adapters[{task!r}]", adapter, tensors, checksums, peru.report.treatments)
+        _check_aliases(f"adapters[{task!r}]", adapter, peru.aliases)
     config = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -92,6 +93,7 @@ def load_peru(directory: str | os.PathLike[str], tasks: Iterable[str] | None = N
     for task in wanted:
         adapters[task] = load_sparse_adapter(folder / task)
         _check_fit(str(folder / task), adapters[task], stored, config["checksums"], treatments)
+        _check_aliases(str(folder / task), adapters[task], aliases)
     merged = {name: stored[aliases.get(name, name)] for name in config["tensors"]}
     reports = {
         task: report_task(adapter, treatments, merged, config["tasks"][task]["nbytes_finetuned"])
@@ -150,6 +152,11 @@ def _check_names(path: Path, config: Mapping[str, Any], stored: Mapping[str, Ten
             raise ValueError(f"{path}: damaged: {what} disagree on {min(differing)!r}")
     if len(set(names)) != len(names):
         raise ValueError(f"{path}: damaged: 'tensors' names one twice")
+
+
+def _check_aliases(label: str, adapter: SparseAdapter, aliases: Mapping[str, str]) -> None:
+    if dict(adapter.aliases) != dict(aliases):
+        raise ValueError(f"{label}: has tied weights {dict(adapter.aliases)}, the PERU has {dict(aliases)}")
 
 
 def _check_fit(

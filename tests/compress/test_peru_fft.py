@@ -202,6 +202,10 @@ def test_shared_storage_counts_once() -> None:
         assert peru.report.tasks[task].entries == sum(once[name].numel() for name in PRUNED)
         assert peru.report.tasks[task].nbytes_finetuned == peru.report.nbytes_merged
         assert "out.weight" not in peru.adapters[task].matrices
+        copies = {name: t.clone() for name, t in peru.merged.items()}  # equal, but no longer one tensor
+        got = peru.adapters[task].state_dict(copies)
+        assert got["out.weight"] is got["emb.weight"]
+        assert_same(got, peru.state_dict(task))
 
 
 def test_what_equals_the_merged_model_is_left_out() -> None:

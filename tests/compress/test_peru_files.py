@@ -42,7 +42,7 @@ def assert_same_adapter(got: SparseAdapter, want: SparseAdapter) -> None:
         )
         assert_same(ours, theirs)
         assert got.matrices[name].num_cols == matrix.num_cols
-    for field in ("shapes", "fingerprint", "density", "squares"):
+    for field in ("shapes", "fingerprint", "density", "squares", "aliases"):
         assert getattr(got, field) == getattr(want, field)
 
 
@@ -416,7 +416,9 @@ EMB = ("matrices", "emb.weight")
         ("sparse_adapter.json", lambda c: c["dense"].append({}), "which sparse_adapter.safetensors lacks"),
         ("sparse_adapter.json", lambda c: c["merged"].pop("conv.bias"), "'conv.bias' has no fingerprint"),
         ("sparse_adapter.json", lambda c: c["merged"].pop("block.2.weight"), "no fingerprint"),
-        ("sparse_adapter.json", _set("merged", "conv.bias", to=7), "'merged' is not a checksum per parameter"),
+        ("sparse_adapter.json", _set("merged", "conv.bias", to=7), "damaged: 'merged' does not hold text only"),
+        ("sparse_adapter.json", _set("aliases", "out.weight", to=7), "damaged: 'aliases' does not hold text only"),
+        ("sparse_adapter.json", _set("aliases", to={}), "sql: has tied weights {}, the PERU has {'out.weight': 'emb.w"),
         ("sparse_adapter.json", _set("merged", "conv.bias", to="0"), "other merged weights: 'conv.bias' differs"),
         ("sparse_adapter.json", _set("merged", "more", to="0"), "other merged weights: 'more' differs"),
         ("sparse_adapter.json", _set("checksums", "dense/conv.bias", to="0"), "damaged or changed: 'dense/conv.bias'"),
