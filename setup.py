@@ -19,7 +19,18 @@ flags = [
 # OpenMP comes from the libgomp that torch has already loaded (same soname), never from a copy of our own.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
-units = ("bind_sparse", "bind_topk", "bindings", "dispatch", "eager", "routing", "targets", "tensors", "topk")
+units = (
+    "bind_routing",
+    "bind_sparse",
+    "bind_topk",
+    "bindings",
+    "dispatch",
+    "eager",
+    "routing",
+    "targets",
+    "tensors",
+    "topk",
+)
 
 setup(
     ext_modules=[

@@ -1,9 +1,377 @@
+// Sparse matrices from Python: validated views that own their tensors, so that a call checks nothing twice.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
 
 #include "bind.h"
+#include "bind_routing.h"
+#include "dispatch.h"
+#include "eager.h"
+#include "tensors.h"
+
+namespace py = pybind11;
 
 namespace lora_fuse {
+namespace {
 
-void bind_sparse(pybind11::module_&) {}
+int64_t length_of(const TensorView& v) { return v.ndim == 1 ? v.shape[0] : 0; }
+
+// uint16 or int32, contiguous.
+bool wide_columns(const TensorView& v, const char* name, int64_t length) {
+  const bool wide = same(v.dtype, kInt32);
+  expect_vector(v, name, wide ? kInt32 : kUInt16, "uint16 or int32", length);
+  return wide;
+}
+
+void check_columns(const TensorView& v, const char* name, bool wide, int64_t bound) {
+  uint32_t worst = 0;  // as unsigned, a negative value is the largest
+  const auto scan = [&](const auto* c) {
+    for (int64_t i = 0; i < v.shape[0]; ++i) worst = std::max(worst, uint32_t(c[i]));
+  };
+  if (wide) scan(reinterpret_cast<const int32_t*>(v.data));
+  else scan(reinterpret_cast<const uint16_t*>(v.data));
+  if (v.shape[0] > 0 && int64_t(worst) >= bound)
+    fail(std::string(name) + ": value " + std::to_string(int32_t(worst)) + " is out of range, accepted are 0 to " + std::to_string(bound - 1));
+}
+
+// The positions of a SparseMatrix, checked once.
+struct Positions {
+  py::object row_starts, columns, bitmap;
+  SparseView at{};
+  int64_t nnz = 0;
+
+  Positions(py::object row_starts_, py::object columns_, py::object bitmap_, int64_t num_cols)
+      : row_starts(std::move(row_starts_)), columns(std::move(columns_)), bitmap(std::move(bitmap_)) {
+    const TensorView sv = host(row_starts, "row_starts");
+    const int64_t rows = length_of(sv) - 1;
+    if (rows < 0 || num_cols < 0) fail("row_starts, num_cols: expected an element for each row and one more, and a size");
+    expect_vector(sv, "row_starts", kInt64, "int64", rows + 1);
+    at.starts = reinterpret_cast<const int64_t*>(sv.data);
+    at.rows = rows, at.cols = num_cols;
+    bool rises = at.starts[0] == 0;
+    for (int64_t r = 0; r < rows; ++r) rises &= at.starts[r] <= at.starts[r + 1];
+    if (!rises) fail("row_starts: must rise from 0");
+    nnz = at.starts[rows];
+    if (columns.is_none() == bitmap.is_none()) fail("columns, bitmap: expected one of them");
+    if (bitmap.is_none()) {
+      const TensorView cv = host(columns, "columns");
+      at.wide = wide_columns(cv, "columns", nnz);
+      check_columns(cv, "columns", at.wide, num_cols);
+      at.columns = cv.data;
+    } else {
+      const TensorView bv = host(bitmap, "bitmap");
+      at.bitmap_stride = (num_cols + 63) / 64 * 8;
+      if (bv.ndim != 2 || !same(bv.dtype, kUInt8) || bv.shape[0] != rows || bv.shape[1] != at.bitmap_stride ||
+          (rows > 1 && bv.strides[0] != bv.shape[1]) || (bv.shape[1] > 1 && bv.strides[1] != 1))
+        fail("bitmap: expected a contiguous uint8 tensor of shape [" + std::to_string(rows) + ", " +
+             std::to_string(at.bitmap_stride) + "], got shape " + show(bv));
+      at.bitmap = reinterpret_cast<const uint8_t*>(bv.data);
+      check_bitmap();
+    }
+  }
+
+  void check_bitmap() const {
+    for (int64_t r = 0; r < at.rows; ++r) {
+      const uint8_t* const bits = at.bitmap + r * at.bitmap_stride;
+      int64_t kept = 0;
+      uint64_t word = 0;
+      for (int64_t b = 0; b < at.bitmap_stride; b += 8) {
+        std::memcpy(&word, bits + b, 8);
+        kept += __builtin_popcountll(word);
+      }
+      bool beyond = false;
+      for (int64_t c = at.cols; c < at.bitmap_stride * 8; ++c) beyond |= bits[c / 8] >> (c % 8) & 1;
+      if (beyond || kept != at.starts[r + 1] - at.starts[r]) fail("bitmap: does not agree with row_starts");
+    }
+  }
+
+  // weight[kept] = values, the previous entries to saved first.
+  void write(py::handle weight, py::object values, py::object saved, int threads) const {
+    const TensorView wv = host(weight, "weight");
+    Rows wr;
+    if (wv.ndim != 2 || wv.shape[0] != at.rows || wv.shape[1] != at.cols || !collapse(wv, &wr) || (wr.rows > 1 && wr.stride != wr.cols))
+      fail("weight: expected a contiguous tensor of shape [" + std::to_string(at.rows) + ", " + std::to_string(at.cols) +
+           "], got shape " + show(wv));
+    const int size = wv.dtype.bits / 8;
+    if (size != 2 && size != 4 && size != 8) fail("weight: accepted are elements of 2, 4 and 8 bytes");
+    SparseWrite call{at, wv.data, nullptr, nullptr, size, threads};
+    const Extent all{wv.data, wv.data + wr.rows * wr.cols * size};
+    const auto entries = [&](const py::object& t, const char* name) -> char* {
+      if (t.is_none()) return nullptr;
+      const TensorView v = host(t, name);
+      expect_vector(v, name, wv.dtype, "(weight's dtype)", nnz);
+      if (overlap(all, {v.data, v.data + nnz * size})) fail(std::string(name) + ": shares memory with weight");
+      return v.data;
+    };
+    call.values = entries(values, "values"), call.saved = entries(saved, "saved");
+    if (call.values && call.saved && overlap({static_cast<char*>(call.saved), static_cast<char*>(call.saved) + nnz * size},
+                                             {static_cast<const char*>(call.values), static_cast<const char*>(call.values) + nnz * size}))
+      fail("values, saved: share memory");
+    {
+      py::gil_scoped_release nogil;
+      kernels().sparse.write(call);
+    }
+    if (call.values) bump_version(weight);
+    if (call.saved) bump_version(saved);
+  }
+
+  // f(index of the entry, column) for every entry of a row.
+  template <class F>
+  void entries_of(int64_t row, const F& f) const {
+    int64_t i = at.starts[row];
+    if (at.columns) {
+      for (; i < at.starts[row + 1]; ++i)
+        f(i, at.wide ? static_cast<const int32_t*>(at.columns)[i] : int32_t(static_cast<const uint16_t*>(at.columns)[i]));
+      return;
+    }
+    const uint8_t* const bits = at.bitmap + row * at.bitmap_stride;
+    for (int64_t b = 0; b < at.bitmap_stride; ++b)
+      for (unsigned rest = bits[b]; rest; rest &= rest - 1, ++i) f(i, int32_t(b * 8 + __builtin_ctz(rest)));
+  }
+
+  void column_index(py::handle out) const {  // [nnz] int64
+    const TensorView v = host(out, "out");
+    expect_vector(v, "out", kInt64, "int64", nnz);
+    auto* const c = reinterpret_cast<int64_t*>(v.data);
+    for (int64_t r = 0; r < at.rows; ++r) entries_of(r, [&](int64_t i, int32_t column) { c[i] = column; });
+  }
+
+  // Which output each lane holds, and where each slice starts, in steps; the steps in all.
+  int64_t order(py::handle starts, py::handle order) const {
+    const int64_t slices = num_slices(at.rows);
+    const TensorView sv = host(starts, "starts"), ov = host(order, "order");
+    expect_vector(sv, "starts", kInt64, "int64", slices + 1);
+    expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
+    auto* const first = reinterpret_cast<int64_t*>(sv.data);
+    auto* lane = reinterpret_cast<uint8_t*>(ov.data);
+    int64_t slice = 0;
+    first[0] = 0;
+    for (int64_t o = 0; o < at.rows; o += kStrip) {
+      const int width = int(std::min<int64_t>(kStrip, at.rows - o)), lanes = (width + kLanes - 1) / kLanes * kLanes;
+      const auto length = [&](int k) { return at.starts[o + k + 1] - at.starts[o + k]; };
+      for (int k = 0; k < lanes; ++k) lane[k] = uint8_t(k < width ? k : kStrip);
+      std::stable_sort(lane, lane + width, [&](int a, int b) { return length(a) > length(b); });
+      for (int k = 0; k < lanes; k += kLanes, ++slice) first[slice + 1] = first[slice] + length(lane[k]);
+      lane += lanes;
+    }
+    return first[slices];
+  }
+
+  // The entries in that order.
+  void pack(py::handle values, py::handle starts, py::handle order, py::handle packed_values, py::handle packed_columns) const {
+    const int64_t slices = num_slices(at.rows);
+    const TensorView sv = host(starts, "starts"), ov = host(order, "order"), from = host(values, "values"), to = host(packed_values, "packed_values"),
+                     cv = host(packed_columns, "packed_columns");
+    expect_vector(sv, "starts", kInt64, "int64", slices + 1);
+    expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
+    const auto* const first = reinterpret_cast<const int64_t*>(sv.data);
+    const auto* const lane = reinterpret_cast<const uint8_t*>(ov.data);
+    const int64_t total = first[slices] * kLanes;
+    expect_vector(from, "values", to.dtype, "(packed_values' dtype)", nnz);
+    expect_vector(to, "packed_values", to.dtype, "floating", total);
+    const bool wide = wide_columns(cv, "packed_columns", total);
+    if (!wide && at.cols > 65535) fail("packed_columns: expected int32");
+    const auto put = [&](auto value, auto* columns) {
+      using V = decltype(value);
+      const V* const source = reinterpret_cast<const V*>(from.data);
+      V* const target = reinterpret_cast<V*>(to.data);
+      std::fill(target, target + total, V{0});
+      std::fill(columns, columns + total, std::remove_pointer_t<decltype(columns)>(at.cols));
+      for (int64_t k = 0; k < slices * kLanes; ++k) {
+        if (lane[k] >= kStrip) continue;
+        const int64_t slice = k / kLanes, row = slice / (kStrip / kLanes) * kStrip + lane[k], end = first[slice + 1] * kLanes;
+        int64_t place = first[slice] * kLanes + k % kLanes;
+        if (row >= at.rows || (at.starts[row + 1] - at.starts[row]) > (end - place + kLanes - 1) / kLanes) fail("starts, order: not this matrix's");
+        entries_of(row, [&](int64_t i, int32_t column) {
+          target[place] = source[i];
+          columns[place] = std::remove_pointer_t<decltype(columns)>(column);
+          place += kLanes;
+        });
+      }
+    };
+    const auto put_as = [&](auto value) {
+      if (wide) put(value, reinterpret_cast<int32_t*>(cv.data));
+      else put(value, reinterpret_cast<uint16_t*>(cv.data));
+    };
+    switch (to.dtype.bits) {
+      case 16: put_as(uint16_t{}); break;
+      case 32: put_as(uint32_t{}); break;
+      case 64: put_as(uint64_t{}); break;
+      default: fail("values: accepted are elements of 2, 4 and 8 bytes");
+    }
+  }
+};
+
+// One slot of a pool, packed. Never changes, so forwards may read it while others are made.
+struct Slot {
+  py::object values, columns, starts, order, bias;  // values: None for a slot that is only a bias
+  PackedSparse view{};
+  int64_t in_features, out_features;
+  dlpack::DataType dtype{};
+
+  Slot(int64_t in, int64_t out, py::object values_, py::object columns_, py::object starts_, py::object order_, py::object bias_)
+      : values(std::move(values_)), columns(std::move(columns_)), starts(std::move(starts_)), order(std::move(order_)),
+        bias(std::move(bias_)), in_features(in), out_features(out) {
+    if (in < 0 || out < 0 || in >= INT32_MAX) fail("in_features, out_features: out of range");
+    if (!bias.is_none()) {
+      const TensorView b = host(bias, "bias");
+      expect_vector(b, "bias", kFloat32, "float32", out);
+      view.bias = reinterpret_cast<const float*>(b.data);
+    }
+    if (values.is_none()) return;
+    const int64_t slices = num_slices(out);
+    const TensorView sv = host(starts, "starts"), ov = host(order, "order"), vv = host(values, "values"), cv = host(columns, "columns");
+    expect_vector(sv, "starts", kInt64, "int64", slices + 1);
+    expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
+    view.starts = reinterpret_cast<const int64_t*>(sv.data);
+    view.order = reinterpret_cast<const uint8_t*>(ov.data);
+    bool rises = view.starts[0] == 0;
+    for (int64_t s = 0; s < slices; ++s) rises &= view.starts[s] <= view.starts[s + 1];
+    if (!rises) fail("starts: must rise from 0");
+    const int64_t total = length_of(vv);
+    expect_vector(vv, "values", vv.dtype, "floating", total);
+    if (total % kLanes || view.starts[slices] != total / kLanes) fail("starts: does not end at the number of steps");
+    dtype = vv.dtype;
+    view.wide = wide_columns(cv, "columns", total);
+    check_columns(cv, "columns", view.wide, in + 1);
+    check_order(slices);
+    view.values = vv.data ? vv.data : static_cast<const void*>(&view);  // no entries at all: not an empty slot
+    view.columns = cv.data;
+  }
+
+  void check_order(int64_t slices) const {  // every output of every strip once
+    const int per_strip = kStrip / kLanes;
+    for (int64_t strip = 0; strip * kStrip < out_features; ++strip) {
+      uint64_t seen = 0;
+      const int64_t stop = std::min((strip + 1) * per_strip, slices) * kLanes;
+      int64_t lanes = 0;
+      for (int64_t k = strip * per_strip * kLanes; k < stop; ++k)
+        if (view.order[k] < kStrip) seen |= uint64_t(1) << view.order[k], ++lanes;
+        else if (view.order[k] > kStrip) lanes = -kStrip;
+      const int64_t width = std::min<int64_t>(kStrip, out_features - strip * kStrip);
+      if (lanes != width || seen != (width == kStrip ? ~uint64_t(0) : (uint64_t(1) << width) - 1))
+        fail("order: expected every output of strip " + std::to_string(strip) + " once");
+    }
+  }
+};
+
+// The slots of a pool.
+struct Slots {
+  std::vector<py::object> owners;
+  std::vector<PackedSparse> views;
+  std::vector<dlpack::DataType> dtypes;
+  int64_t in_features, out_features;
+
+  Slots(int64_t in, int64_t out, const py::sequence& slots) : in_features(in), out_features(out) {
+    for (const py::handle s : slots) {
+      owners.push_back(py::reinterpret_borrow<py::object>(s));
+      views.emplace_back();
+      dtypes.push_back({});
+      if (s.is_none()) continue;
+      const Slot& slot = py::cast<const Slot&>(s);
+      if (slot.in_features != in || slot.out_features != out) fail("slots: a slot has other sizes than the pool");
+      views.back() = slot.view;
+      dtypes.back() = slot.dtype;
+    }
+  }
+};
+
+template <class T>
+void run(void (*kernel)(const SparseDelta<T>&), const TensorView& x, const Rows& xr, const TensorView& y, const Rows& yr,
+         const Slots& slots, const RoutingView& routing, int threads) {
+  int64_t most = 0, work = 0;
+  for (int s = 0; s < routing.num_slots; ++s) {
+    const int64_t pairs = routing.starts[s + 1] - routing.starts[s];
+    if (!pairs) continue;
+    most = std::max(most, pairs);
+    work += yr.cols * pairs;
+    if (slots.views[s].values) work += slots.views[s].starts[num_slices(yr.cols)] * kLanes * pairs;
+  }
+  const int64_t each = sparse_scratch(xr.cols, most);
+  threads = std::max(threads, 1);
+  const std::unique_ptr<float[]> scratch(new float[each * threads]);
+  const std::unique_ptr<float[]> totals(routing.row_starts ? new float[xr.rows * yr.cols]() : nullptr);
+  const SparseDelta<T> call{{reinterpret_cast<const T*>(x.data), xr.rows, xr.cols, xr.stride},
+                            {reinterpret_cast<T*>(y.data), yr.rows, yr.cols, yr.stride},
+                            slots.views.data(), routing, scratch.get(), each, totals.get(), threads};
+  if (work < kReleaseGil) return kernel(call);
+  py::gil_scoped_release nogil;
+  kernel(call);
+}
+
+// out[row] += weight * (U x[row] + bias) for the routing's pairs. False, and nothing done, if this is not for us: another
+// device, a dtype without a kernel, or an x that has no [rows, cols] view.
+bool sparse_delta_linear(py::handle out, py::handle x, const Slots& slots, const py::tuple& route, int threads) {
+  const TensorView xv = view(x, "x");
+  Rows xr, yr;
+  if (!xv.on_cpu || !has_kernel(xv.dtype) || !collapse(xv, &xr)) return false;
+  expect_memory(xv, "x");
+  const TensorView yv = host(out, "out");
+  if (!collapse(yv, &yr) || (yr.rows > 1 && yr.stride < yr.cols))
+    fail("out: expected unit stride in the last dimension and one stride between rows, got shape " + show(yv));
+  if (!same(xv.dtype, yv.dtype))
+    fail("x, out: dtypes " + show(xv.dtype) + " and " + show(yv.dtype) + ", accepted is one for both");
+  if (xr.cols != slots.in_features) fail("x: has " + std::to_string(xr.cols) + " features, the pool has " + std::to_string(slots.in_features));
+  if (yr.cols != slots.out_features) fail("out: has " + std::to_string(yr.cols) + " features, the pool has " + std::to_string(slots.out_features));
+  if (xr.rows != yr.rows) fail("x, out: shapes " + show(xv) + " and " + show(yv) + " have different numbers of rows");
+  const RoutingView routing = read_routing(route, int64_t(slots.views.size()), xr.rows);
+  for (int s = 0; s < routing.num_slots; ++s)
+    if (routing.starts[s] < routing.starts[s + 1] && slots.views[s].values && !same(slots.dtypes[s], xv.dtype))
+      fail("x: dtype " + show(xv.dtype) + ", slot " + std::to_string(s) + " of the pool holds " + show(slots.dtypes[s]));
+  if (overlap(extent(yv, yr), extent(xv, xr))) fail("x, out: share memory");
+  const SparseKernels& k = kernels().sparse;
+  if (same(xv.dtype, kFloat32)) run(k.delta_f32, xv, xr, yv, yr, slots, routing, threads);
+  else if (same(xv.dtype, kBfloat16)) run(k.delta_bf16, xv, xr, yv, yr, slots, routing, threads);
+  else run(k.delta_fp16, xv, xr, yv, yr, slots, routing, threads);
+  return true;
+}
+
+struct Names {
+  PyObject *tensors, *weights, *num_rows;
+} names{};
+
+py::object get(py::handle object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// The same without torch's dispatcher, with the version bump that torch would make. False, and nothing done, where the
+// dispatcher has a part to play, where the kernel would decline and where the rows are not the routing's.
+bool sparse_delta_linear_eager(py::handle out, py::handle x, const Slots& slots, py::handle routing) {
+  if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
+  const TensorView v = view(x, "x");
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < v.ndim; ++i) rows *= v.shape[i];
+  if (rows != PyLong_AsLongLong(get(routing, names.num_rows).ptr())) return false;
+  const py::object route = get(routing, names.tensors);
+  if (!PyTuple_Check(route.ptr())) fail("routing: expected 5 tensors");
+  if (!sparse_delta_linear(out, x, slots, py::reinterpret_borrow<py::tuple>(route), num_threads())) return false;
+  bump_version(out);
+  return true;
+}
+
+}  // namespace
+
+void bind_sparse(py::module_& m) {
+  const auto name = [](const char* n) { return PyUnicode_InternFromString(n); };
+  names = {name("tensors"), name("weights"), name("num_rows")};
+  py::class_<Positions>(m, "SparsePositions")
+      .def(py::init<py::object, py::object, py::object, int64_t>())
+      .def("write", &Positions::write)
+      .def("column_index", &Positions::column_index)
+      .def("order", &Positions::order)
+      .def("pack", &Positions::pack);
+  py::class_<Slot>(m, "SparseSlot").def(py::init<int64_t, int64_t, py::object, py::object, py::object, py::object, py::object>());
+  py::class_<Slots>(m, "SparseSlots").def(py::init<int64_t, int64_t, const py::sequence&>());
+  m.def("sparse_delta_linear", &sparse_delta_linear);
+  m.def("sparse_delta_linear_eager", &sparse_delta_linear_eager);
+  m.attr("SPARSE_LANES") = kLanes;
+  m.attr("SPARSE_STRIP") = kStrip;
+}
 
 }  // namespace lora_fuse

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bind.h"
+#include "bind_routing.h"
 #include "dispatch.h"
 #include "eager.h"
 #include "routing.h"
@@ -18,39 +19,11 @@ namespace py = pybind11;
 namespace lora_fuse {
 namespace {
 
-bool has_kernel(dlpack::DataType t) { return same(t, kFloat32) || same(t, kBfloat16) || same(t, kFloat16); }
-
-// Every index that a kernel will follow is checked here, before any is followed.
-void check_routing(const RoutingView& r, int64_t num_rows, const int32_t* slot_rank, int max_rank) {
-  for (int s = 0; s < r.num_slots; ++s)
+void check_ranks(const int32_t* slot_rank, int64_t num_slots, int max_rank) {
+  for (int64_t s = 0; s < num_slots; ++s)
     if (slot_rank[s] < 0 || slot_rank[s] > max_rank)
       fail("slot_rank: slot " + std::to_string(s) + " has rank " + std::to_string(slot_rank[s]) + ", accepted are 0 to " + std::to_string(max_rank));
-  const auto check_starts = [](const char* name, const int32_t* starts, int64_t n, int32_t total) {
-    bool ok = starts[0] == 0 && starts[n] == total;
-    for (int64_t i = 0; i < n; ++i) ok &= starts[i] <= starts[i + 1];
-    if (!ok) fail(std::string(name) + ": must rise from 0 to the number of pairs, " + std::to_string(total));
-  };
-  check_starts("segment_starts", r.starts, r.num_slots, r.num_pairs);
-  const auto check_range = [](const char* name, const int32_t* v, int32_t n, int64_t bound) {
-    uint32_t worst = 0;  // as unsigned, a negative value is the largest
-    for (int32_t i = 0; i < n; ++i) worst = uint32_t(v[i]) > worst ? uint32_t(v[i]) : worst;
-    if (n > 0 && int64_t(worst) >= bound)
-      fail(std::string(name) + ": value " + std::to_string(int32_t(worst)) + " is out of range, accepted are 0 to " + std::to_string(bound - 1));
-  };
-  check_range("rows", r.rows, r.num_pairs, num_rows);
-  if (r.row_starts) {
-    check_starts("row_starts", r.row_starts, num_rows, r.num_pairs);
-    check_range("row_pairs", r.row_pairs, r.num_pairs, r.num_pairs);
-    return;
-  }
-  // Without row_starts no row may occur twice: two threads would write it. Rows rise within a slot; across slots a
-  // bitmap would cost an allocation, so the promise is Routing's for slots, and checked within each.
-  for (int s = 0; s < r.num_slots; ++s)
-    for (int32_t i = r.starts[s] + 1; i < r.starts[s + 1]; ++i)
-      if (r.rows[i] <= r.rows[i - 1]) fail("rows: must rise within each slot; a row with several pairs needs row_starts and row_pairs");
 }
-
-constexpr int64_t kReleaseGil = 1 << 15;  // multiply-adds, about a microsecond: less is done before another thread wakes
 
 template <class T>
 void run(void (*kernel)(const MultiLora<T>&), const TensorView& x, const Rows& xr, const TensorView& y, const Rows& yr,
@@ -74,8 +47,6 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
   if (pool.size() != 4 || route.size() != 5) fail("pool, routing: expected 4 and 5 tensors");
   const auto at = [](const py::tuple& t, int i) { return py::handle(PyTuple_GET_ITEM(t.ptr(), i)); };
   const py::handle pool_a = at(pool, 0), pool_b = at(pool, 1), slot_rank = at(pool, 2), slot_scaling = at(pool, 3);
-  const py::handle rows = at(route, 0), weights = at(route, 1), segment_starts = at(route, 2), row_starts = at(route, 3),
-                   row_pairs = at(route, 4);
   const TensorView xv = view(x, "x");
   Rows xr, yr, ar, br;
   if (!xv.on_cpu || !has_kernel(xv.dtype) || !collapse(xv, &xr)) return false;
@@ -104,33 +75,16 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
     fail("pool_a: " + std::to_string(max_rank64) + " ranks a slot, accepted are at most " + std::to_string(kStackWorkspace));
   const int max_rank = int(max_rank64);
 
-  const TensorView rv = host(rows, "rows"), sv = host(segment_starts, "segment_starts");
-  const int64_t num_pairs = rv.ndim == 1 ? rv.shape[0] : 0;
-  expect_vector(rv, "rows", kInt32, "int32", num_pairs);
-  expect_vector(sv, "segment_starts", kInt32, "int32", num_slots + 1);
-  RoutingView routing{reinterpret_cast<int32_t*>(rv.data), nullptr, reinterpret_cast<int32_t*>(sv.data), nullptr, nullptr,
-                      int32_t(num_pairs), int32_t(num_slots)};
-  if (!weights.is_none()) {
-    const TensorView w = host(weights, "weights");
-    expect_vector(w, "weights", kFloat32, "float32", num_pairs);
-    routing.weights = reinterpret_cast<float*>(w.data);
-  }
-  if (row_starts.is_none() != row_pairs.is_none()) fail("row_starts, row_pairs: give both or neither");
-  if (!row_starts.is_none()) {
-    const TensorView starts = host(row_starts, "row_starts"), pairs = host(row_pairs, "row_pairs");
-    expect_vector(starts, "row_starts", kInt32, "int32", xr.rows + 1);
-    expect_vector(pairs, "row_pairs", kInt32, "int32", num_pairs);
-    routing.row_starts = reinterpret_cast<int32_t*>(starts.data);
-    routing.row_pairs = reinterpret_cast<int32_t*>(pairs.data);
-  }
   const auto* const ranks = reinterpret_cast<int32_t*>(rank.data);
-  check_routing(routing, xr.rows, ranks, max_rank);
+  check_ranks(ranks, num_slots, max_rank);
+  const RoutingView routing = read_routing(route, num_slots, xr.rows);
   const Extent y_extent = extent(yv, yr);
   if (overlap(y_extent, extent(xv, xr))) fail("x, out: share memory");
   if (overlap(y_extent, extent(av, ar)) || overlap(y_extent, extent(bv, br))) fail("out: shares memory with a pool");
 
   std::unique_ptr<float[]> room;  // the intermediate of a whole batch, which rows with several pairs need at once
-  if (routing.row_starts && num_pairs * max_rank > kStackWorkspace) room.reset(new float[num_pairs * max_rank]);
+  if (routing.row_starts && int64_t(routing.num_pairs) * max_rank > kStackWorkspace)
+    room.reset(new float[int64_t(routing.num_pairs) * max_rank]);
 
   const KernelTable& k = kernels();
   const auto* const scale = reinterpret_cast<float*>(scaling.data);

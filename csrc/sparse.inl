@@ -1,1 +1,378 @@
-inline void fill_sparse(SparseKernels&) {}
+// y[row] += sum over the row's pairs of weight * (U x[row] + bias), U sparse and packed as sparse.h says; fp32 sums, one
+// rounding.
+//
+// Few rows (AVX-512): lanes run over the outputs of a slice, x is gathered by column; in bf16 one gather brings two rows.
+// More rows: x is transposed to [in][G] in fp32 and lanes run over G rows, one broadcast multiply-add per kept entry.
+// Both add an output's entries in the order of their columns, cut every SPARSE_BLOCK entries: the same bits, whatever the
+// other rows, their order and the number of threads.
+//
+// Why not expand to dense dots: it costs 1 / density as many multiply-adds; the gather costs no more already at 10 %.
+
+constexpr int SPARSE_BLOCK = 32;  // entries of an output that are summed before the sum joins its total: short chains
+
+template <int N>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * N)));
+  typedef float mem __attribute__((vector_size(4 * N), aligned(4), may_alias));
+};
+
+// ---- W elements in memory order, to fp32 and back ----
+template <class T>
+struct Linear {  // fp32 and fp16
+  static vf load(const T* p) { return Elem<T>::template load<0>(p); }
+};
+template <>
+struct Linear<bf16> {
+  typedef uint16_t half_mem __attribute__((vector_size(2 * W), aligned(2), may_alias));
+  static vf load(const bf16* p) {
+    return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const half_mem*>(p), vu) << 16);
+  }
+};
+inline void store_linear(float* p, vf v) { *reinterpret_cast<vf_mem*>(p) = v; }
+inline void store_linear(fp16* p, vf v) { Elem<fp16>::store_half(p, v); }
+inline void store_linear(bf16* p, vf v) {
+  typedef uint16_t half __attribute__((vector_size(2 * W)));
+  *reinterpret_cast<Linear<bf16>::half_mem*>(p) = __builtin_convertvector(Elem<bf16>::rounded(v) >> 16, half);
+}
+template <class T>
+vf load_part(const T* p, int64_t n) {  // the first n elements, then zeros
+  if (n >= W) return Linear<T>::load(p);
+  T part[W] = {};
+  __builtin_memcpy(part, p, n * sizeof(T));
+  return Linear<T>::load(part);
+}
+template <class T>
+void store_part(T* p, vf v, int64_t n) {
+  if (n >= W) return store_linear(p, v);
+  T part[W];
+  store_linear(part, v);
+  __builtin_memcpy(p, part, n * sizeof(T));
+}
+
+// `values` as floats: as they lie, or converted into buffer.
+inline const float* as_floats(const float* values, int, float*) { return values; }
+template <class T>
+const float* as_floats(const T* values, int n, float* buffer) {  // n is a multiple of kLanes
+  int i = 0;
+  for (; i + W <= n; i += W) store_linear(buffer + i, Linear<T>::load(values + i));
+  if (i < n) store_linear(buffer + i, load_part(values + i, n - i));
+  return buffer;
+}
+
+inline void transpose(vf (&t)[W]) {  // log2(W) rounds of interleaving halves
+#if LF_WIDTH == 16
+  const vi lo = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  const vi hi = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#elif LF_WIDTH == 8
+  const vi lo = {0, 8, 1, 9, 2, 10, 3, 11}, hi = {4, 12, 5, 13, 6, 14, 7, 15};
+#else
+  const vi lo = {0, 4, 1, 5}, hi = {2, 6, 3, 7};
+#endif
+  for (int n = 1; n < W; n *= 2) {
+    vf u[W];
+    for (int i = 0; i < W / 2; ++i) {
+      u[2 * i] = __builtin_shuffle(t[i], t[i + W / 2], lo);
+      u[2 * i + 1] = __builtin_shuffle(t[i], t[i + W / 2], hi);
+    }
+    for (int i = 0; i < W; ++i) t[i] = u[i];
+  }
+}
+
+// ---- one slice ----
+
+// sums[order[lane]][i] = sum over the lane's entries of value * xt[column][i], G rows i.
+template <int G, class T, class C>
+void slice_rows(const T* values, const C* columns, int64_t steps, const float* xt, const uint8_t* order, float* sums) {
+  using V = typename Lanes<G>::type;
+  using Mem = typename Lanes<G>::mem;
+  alignas(64) float buffer[SPARSE_BLOCK * kLanes];
+  V total[kLanes] = {};
+  for (int64_t s0 = 0; s0 < steps; s0 += SPARSE_BLOCK) {
+    const int n = int(steps - s0 < SPARSE_BLOCK ? steps - s0 : SPARSE_BLOCK);
+    const float* v = as_floats(values + s0 * kLanes, n * kLanes, buffer);
+    const C* c = columns + s0 * kLanes;
+    V acc[kLanes] = {};
+    for (int s = 0; s < n; ++s, v += kLanes, c += kLanes)
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l)
+        acc[l] += (v[l] - V{}) * *reinterpret_cast<const Mem*>(xt + int64_t(uint32_t(c[l])) * G);
+    for (int l = 0; l < kLanes; ++l) total[l] += acc[l];
+  }
+  for (int l = 0; l < kLanes; ++l) *reinterpret_cast<Mem*>(sums + int64_t(order[l]) * G) = total[l];
+}
+
+#if LF_WIDTH == 16
+// As slice_rows for one row (x: floats) or, in bf16, two (x: pairs, row 0 in the low half); sums[i * (kStrip + 1) + output].
+static_assert(kLanes == 8, "a gather brings eight columns");
+inline __m256i eight(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline __m256i eight(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256 eight(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 eight(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(eight(reinterpret_cast<const uint16_t*>(p)), 16));
+}
+inline __m256 eight(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+template <bool PAIRS, class T, class C>
+void slice_gather(const T* values, const C* columns, int64_t steps, const float* x, const uint8_t* order, float* sums) {
+  __m256 total0 = _mm256_setzero_ps(), total1 = total0;
+  for (int64_t s = 0; s < steps;) {
+    const int64_t stop = steps - s < SPARSE_BLOCK ? steps : s + SPARSE_BLOCK;
+    __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
+    for (; s < stop; ++s) {
+      const __m256 v = eight(values + s * kLanes);
+      const __m256i g = _mm256_castps_si256(_mm256_i32gather_ps(x, eight(columns + s * kLanes), 4));
+      if constexpr (PAIRS) {
+        acc0 = _mm256_fmadd_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(g, 16)), acc0);
+        acc1 = _mm256_fmadd_ps(v, _mm256_castsi256_ps(_mm256_and_si256(g, _mm256_set1_epi32(int(0xffff0000u)))), acc1);
+      } else {
+        acc0 = _mm256_fmadd_ps(v, _mm256_castsi256_ps(g), acc0);
+      }
+    }
+    total0 = _mm256_add_ps(total0, acc0), total1 = _mm256_add_ps(total1, acc1);
+  }
+  alignas(32) float out[2][kLanes];
+  _mm256_store_ps(out[0], total0), _mm256_store_ps(out[1], total1);
+  for (int i = 0; i < (PAIRS ? 2 : 1); ++i)
+    for (int l = 0; l < kLanes; ++l) sums[i * (kStrip + 1) + order[l]] = out[i][l];
+}
+#endif
+
+// ---- a call ----
+
+// How a group of rows is taken: the lanes of slice_rows, or a gather.
+enum GroupKind { GATHER_ONE = 1, GATHER_PAIR = 2, ROWS_4 = 4, ROWS_8 = 8, ROWS_16 = 16 };
+
+template <class T>
+int group_kind(int rows) {
+#if LF_WIDTH == 16
+  if (rows == 1) return GATHER_ONE;
+  if (rows == 2 && std::is_same_v<T, bf16>) return GATHER_PAIR;
+#endif
+  return rows <= 4 || W == 4 ? ROWS_4 : rows <= 8 || W == 8 ? ROWS_8 : ROWS_16;
+}
+
+// Relative time of an entry, for sharing out work.
+inline int64_t group_cost(int kind) { return kind <= GATHER_PAIR ? 2 : 3; }
+
+template <class T>
+struct SparseCall {
+  const SparseDelta<T>& p;
+  int64_t slices_per_strip = kStrip / kLanes, strips = (p.y.cols + kStrip - 1) / kStrip;
+
+  int64_t first_slice(int64_t strip) const {
+    return strip < strips ? strip * slices_per_strip : num_slices(p.y.cols);
+  }
+  int64_t entries(int slot, int64_t strip0, int64_t strip1) const {  // with padding
+    const PackedSparse& u = p.slots[slot];
+    return (u.starts[first_slice(strip1)] - u.starts[first_slice(strip0)]) * kLanes;
+  }
+
+  // x of pairs [begin, begin + m) as the kind wants it, and zeros for the padding's column.
+  void lay_out(int kind, int begin, int m, float* xt) const {
+    const int64_t cols = p.x.cols;
+    const T* x[16];
+    for (int i = 0; i < m; ++i) x[i] = p.x.row(p.routing.rows[begin + i]);
+    if (kind == GATHER_ONE) {
+      for (int64_t c = 0; c < cols; c += W) store_part(xt + c, load_part(x[0] + c, cols - c), cols - c);
+      xt[cols] = 0.0f;
+      return;
+    }
+    if (kind == GATHER_PAIR) {
+      for (int64_t c = 0; c < cols; ++c) {
+        uint16_t both[2];
+        __builtin_memcpy(both, x[0] + c, 2), __builtin_memcpy(both + 1, x[1] + c, 2);
+        __builtin_memcpy(xt + c, both, 4);
+      }
+      xt[cols] = 0.0f;
+      return;
+    }
+    const int g = kind;
+    for (int64_t c = 0; c < cols; c += W) {
+      const int64_t width = cols - c < W ? cols - c : W;
+      vf t[W] = {};
+      for (int i = 0; i < m; ++i) t[i] = load_part(x[i] + c, width);
+      transpose(t);
+      if (g == W) {
+        for (int k = 0; k < width; ++k) store_linear(xt + (c + k) * W, t[k]);
+      } else {
+        for (int k = 0; k < width; ++k) __builtin_memcpy(xt + (c + k) * g, &t[k], g * sizeof(float));
+      }
+    }
+    for (int i = 0; i < g; ++i) xt[cols * g + i] = 0.0f;
+  }
+
+  // Pairs [begin, begin + m) of a slot, outputs of strips [strip0, strip1).
+  void group(int slot, int begin, int m, int64_t strip0, int64_t strip1, float* scratch) const {
+    const int kind = p.slots[slot].values ? group_kind<T>(m) : 0;
+    if (strip0 >= strip1) return;
+    if (kind) lay_out(kind, begin, m, scratch);
+    if (p.slots[slot].wide) strips_of<int32_t>(kind, slot, begin, m, strip0, strip1, scratch);
+    else strips_of<uint16_t>(kind, slot, begin, m, strip0, strip1, scratch);
+  }
+
+  template <class C>
+  void strips_of(int kind, int slot, int begin, int m, int64_t strip0, int64_t strip1, const float* xt) const {
+    const PackedSparse& u = p.slots[slot];
+    constexpr int LD = kStrip + 1;  // one more for the lanes of a last slice that are nobody's
+    alignas(64) float sums[LD * 16], by_row[16 * LD + W];
+    for (int64_t strip = strip0; strip < strip1; ++strip) {
+      const int64_t o = strip * kStrip;
+      const int width = int(p.y.cols - o < kStrip ? p.y.cols - o : kStrip);
+      for (int64_t s = first_slice(strip); kind && s < first_slice(strip + 1); ++s) {
+        const T* values = static_cast<const T*>(u.values) + u.starts[s] * kLanes;
+        const C* columns = static_cast<const C*>(u.columns) + u.starts[s] * kLanes;
+        const int64_t steps = u.starts[s + 1] - u.starts[s];
+        const uint8_t* order = u.order + s * kLanes;
+        switch (kind) {
+#if LF_WIDTH == 16
+          case GATHER_ONE: slice_gather<false>(values, columns, steps, xt, order, by_row); break;
+          case GATHER_PAIR:
+            if constexpr (std::is_same_v<T, bf16>) slice_gather<true>(values, columns, steps, xt, order, by_row);
+            break;
+          case ROWS_16: slice_rows<16>(values, columns, steps, xt, order, sums); break;
+#endif
+#if LF_WIDTH >= 8
+          case ROWS_8: slice_rows<8>(values, columns, steps, xt, order, sums); break;
+#endif
+          default: slice_rows<4>(values, columns, steps, xt, order, sums);
+        }
+      }
+      if (kind >= ROWS_4) rows_of(sums, kind, m, width, by_row, LD);
+      for (int i = 0; i < m; ++i) add(slot, begin + i, o, width, kind ? by_row + i * LD : nullptr);
+    }
+  }
+
+  // by_row[i][o] = sums[o][i]
+  static void rows_of(const float* sums, int g, int m, int width, float* by_row, int64_t ld) {
+    if (g != W) {
+      for (int i = 0; i < m; ++i)
+        for (int o = 0; o < width; ++o) by_row[i * ld + o] = sums[o * g + i];
+      return;
+    }
+    for (int o = 0; o < width; o += W) {
+      vf t[W];
+      for (int k = 0; k < W; ++k) t[k] = *reinterpret_cast<const vf_mem*>(sums + (o + k) * W);
+      transpose(t);
+      for (int i = 0; i < m; ++i) store_linear(by_row + i * ld + o, t[i]);
+    }
+  }
+
+  // weight * (sums + bias) into y, or into the row's total where it has several pairs.
+  void add(int slot, int pair, int64_t o, int width, const float* sums) const {
+    const float* const bias = p.slots[slot].bias;
+    const vf weight = splat(p.routing.weights ? p.routing.weights[pair] : 1.0f);
+    const int64_t row = p.routing.rows[pair];
+    T* const y = p.y.row(row) + o;
+    float* const total = p.totals ? p.totals + row * p.y.cols + o : nullptr;
+    for (int n = 0; n < width; n += W) {
+      const int64_t left = width - n;
+      vf sum = {};
+      if (sums) sum = load_part(sums + n, left);
+      if (bias) sum += load_part(bias + o + n, left);
+      if (total) {
+        store_part(total + n, load_part(total + n, left) + weight * sum, left);
+      } else {
+        vf product = {};  // as above: a total that starts at zero, then one rounding into y
+        product += weight * sum;
+        store_part(y + n, load_part(y + n, left) + product, left);
+      }
+    }
+  }
+
+  bool used(int slot) const { return p.slots[slot].values || p.slots[slot].bias; }
+
+  // f(slot, first pair, pairs, cost of an entry) for every group of rows.
+  template <class F>
+  void groups(const F& f) const {
+    const int most = W < 16 ? W : 16;
+    for (int s = 0; s < p.routing.num_slots; ++s) {
+      if (!used(s)) continue;
+      for (int q = p.routing.starts[s]; q < p.routing.starts[s + 1]; q += most) {
+        const int m = p.routing.starts[s + 1] - q < most ? p.routing.starts[s + 1] - q : most;
+        f(s, q, m);
+      }
+    }
+  }
+
+  // Entries of a strip, as time: some for the outputs themselves.
+  int64_t cost(int slot, int m, int64_t strip0, int64_t strip1) const {
+    const int64_t outputs = (strip1 - strip0) * kStrip * (1 + m / 2);
+    return p.slots[slot].values ? entries(slot, strip0, strip1) * group_cost(group_kind<T>(m)) + outputs : outputs;
+  }
+
+  // The strip at which a group has cost `at` behind it.
+  int64_t strip_at(int slot, int m, int64_t at) const {
+    int64_t lo = 0, hi = strips;  // the smallest strip whose cost reaches it
+    while (lo < hi) {
+      const int64_t mid = (lo + hi) / 2;
+      if (cost(slot, m, 0, mid) >= at) hi = mid;
+      else lo = mid + 1;
+    }
+    return lo;
+  }
+
+  // Rows have one pair each: groups one after the other, their outputs too, cut into runs of equal cost.
+  void run(int64_t total, int thread, int team) const {
+    float* const scratch = scratch_of(thread);
+    const int64_t from = total * thread / team, to = total * (thread + 1) / team;
+    int64_t seen = 0;
+    groups([&](int slot, int begin, int m) {
+      const int64_t here = cost(slot, m, 0, strips);
+      const int64_t strip0 = seen >= from ? 0 : strip_at(slot, m, from - seen);
+      const int64_t strip1 = seen + here <= to ? strips : strip_at(slot, m, to - seen);
+      seen += here;
+      group(slot, begin, m, strip0, strip1, scratch);
+    });
+  }
+
+  // Rows with several pairs: a thread owns outputs, sums them up slot by slot and rounds at the end.
+  void run_mixed(int thread, int team) const {
+    float* const scratch = scratch_of(thread);
+    const int64_t strip0 = strips * thread / team, strip1 = strips * (thread + 1) / team;
+    groups([&](int slot, int begin, int m) { group(slot, begin, m, strip0, strip1, scratch); });
+    const int64_t o0 = strip0 * kStrip, o1 = strip1 * kStrip < p.y.cols ? strip1 * kStrip : p.y.cols;
+    for (int64_t row = 0; row < p.y.rows; ++row) {
+      if (!has_pair(row)) continue;
+      const float* const total = p.totals + row * p.y.cols;
+      T* const y = p.y.row(row);
+      for (int64_t o = o0; o < o1; o += W)
+        store_part(y + o, load_part(y + o, o1 - o) + load_part(total + o, o1 - o), o1 - o);
+    }
+  }
+
+  bool has_pair(int64_t row) const {  // with a slot that holds something
+    for (int q = p.routing.row_starts[row]; q < p.routing.row_starts[row + 1]; ++q) {
+      const int pair = p.routing.row_pairs[q];
+      int lo = 0, hi = p.routing.num_slots;  // the last slot whose segment starts at or before the pair
+      while (hi - lo > 1) {
+        const int mid = (lo + hi) / 2;
+        (p.routing.starts[mid] <= pair ? lo : hi) = mid;
+      }
+      if (used(lo)) return true;
+    }
+    return false;
+  }
+
+  float* scratch_of(int thread) const {
+    float* const own = p.scratch + thread * p.scratch_floats;
+    return own + (16 - (reinterpret_cast<uintptr_t>(own) / 4) % 16) % 16;  // whole cache lines
+  }
+};
+
+template <class T>
+void sparse_delta(const SparseDelta<T>& p) {
+  const SparseCall<T> call{p};
+  int64_t total = 0;
+  call.groups([&](int slot, int, int m) { total += call.cost(slot, m, 0, call.strips); });
+  if (total == 0) return;
+  parallel(total < PARALLEL_MIN_WORK ? 1 : p.threads, [&](int thread, int team) {
+    if (p.totals) call.run_mixed(thread, team);
+    else call.run(total, thread, team);
+  });
+}
+
+#include "sparse_write.inl"
+
+inline void fill_sparse(SparseKernels& table) {
+  table = {sparse_delta<float>, sparse_delta<bf16>, sparse_delta<fp16>, sparse_write};
+}

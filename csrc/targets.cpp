@@ -2,6 +2,7 @@
 // inclusion, so that nothing outside (standard headers, bindings) ever needs more than the ABI's floor.
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"

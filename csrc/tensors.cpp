@@ -27,6 +27,7 @@ TensorView through_attributes(py::handle t, const char* name) {
   else if (dtype == "torch.int64") v.dtype = {dlpack::kInt, 64, 1};
   else if (dtype == "torch.uint8") v.dtype = {dlpack::kUInt, 8, 1};
   else if (dtype == "torch.uint16") v.dtype = {dlpack::kUInt, 16, 1};
+  else if (dtype == "torch.float64") v.dtype = {dlpack::kFloat, 64, 1};
   else if (dtype == "torch.bool") v.dtype = {dlpack::kBool, 8, 1};
   return v;  // any other: {0, 0, 0}, which matches nothing
 }

@@ -28,7 +28,8 @@ struct Extent {
 };
 
 constexpr dlpack::DataType kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1}, kFloat16{dlpack::kFloat, 16, 1},
-    kBfloat16{dlpack::kBfloat, 16, 1};
+    kBfloat16{dlpack::kBfloat, 16, 1}, kInt64{dlpack::kInt, 64, 1}, kUInt8{dlpack::kUInt, 8, 1}, kUInt16{dlpack::kUInt, 16, 1},
+    kFloat64{dlpack::kFloat, 64, 1};
 inline bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits; }
 
 [[noreturn]] void fail(const std::string& message);  // ValueError

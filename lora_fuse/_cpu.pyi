@@ -44,3 +44,39 @@ class Selection:
     def write_sparse(
         self, out: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], own: bool, threads: int, /
     ) -> None: ...
+
+SPARSE_LANES: int
+SPARSE_STRIP: int
+
+class SparsePositions:
+    def __init__(self, row_starts: Tensor, columns: Tensor | None, bitmap: Tensor | None, num_cols: int) -> None: ...
+    def write(self, weight: Tensor, values: Tensor | None, saved: Tensor | None, threads: int) -> None: ...
+    def column_index(self, out: Tensor) -> None: ...
+    def order(self, starts: Tensor, order: Tensor) -> int: ...
+    def pack(
+        self, values: Tensor, starts: Tensor, order: Tensor, packed_values: Tensor, packed_columns: Tensor
+    ) -> None: ...
+
+class SparseSlot:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        values: Tensor | None,
+        columns: Tensor | None,
+        starts: Tensor | None,
+        order: Tensor | None,
+        bias: Tensor | None,
+    ) -> None: ...
+
+class SparseSlots:
+    def __init__(self, in_features: int, out_features: int, slots: Sequence[SparseSlot | None]) -> None: ...
+
+def sparse_delta_linear(
+    out: Tensor,
+    x: Tensor,
+    slots: SparseSlots,
+    routing: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
+    threads: int,
+) -> bool: ...
+def sparse_delta_linear_eager(out: Tensor, x: Tensor, slots: SparseSlots, routing: Routing) -> bool: ...

@@ -9,18 +9,29 @@ from torch import Tensor
 
 from lora_fuse._cpu import may_bypass as _may_bypass
 from lora_fuse._cpu import multi_lora_eager as _multi_lora_eager
+from lora_fuse._cpu import sparse_delta_linear_eager as _sparse_delta_linear_eager
 from lora_fuse.ops import multi_lora as _op
+from lora_fuse.ops import sparse_delta as _sparse_op
 from lora_fuse.ops.eager import under_transform
 from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
 from lora_fuse.ops.topk import magnitude_prune, sparsify, topk_mask
 
-__all__ = ["LowRankSVD", "lowrank_svd", "magnitude_prune", "multi_lora", "sparsify", "topk_mask"]
+__all__ = [
+    "LowRankSVD",
+    "lowrank_svd",
+    "magnitude_prune",
+    "multi_lora",
+    "sparse_delta_linear",
+    "sparsify",
+    "topk_mask",
+]
 
 _compiling = torch.compiler.is_compiling
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.pool import AdapterPool
     from lora_fuse.adapters.routing import Routing
+    from lora_fuse.adapters.sparse_pool import SparsePool
 
 
 def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None = None) -> Tensor:
@@ -62,6 +73,21 @@ def _refuse_rows(x: Tensor, routing: Routing) -> None:
 
 def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None) -> Tensor:
     """Through torch's dispatcher: autograd, transforms, modes, tracing, other devices and dtypes."""
+    _check_call(x, routing, out)
+    pool_a, pool_b, slot_rank, slot_scaling = pool.tensors
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
+        dtype = torch.get_autocast_dtype(device)
+        x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
+    args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors)
+    if out is None:
+        return _op.transformable(*args) if under_transform() else torch.ops.lora_fuse.multi_lora(*args)
+    torch.ops.lora_fuse.multi_lora_(out, *args)
+    return out
+
+
+def _check_call(x: Tensor, routing: Routing, out: Tensor | None) -> None:
+    """What holds for every routed op that goes through the dispatcher."""
     if not _compiling():
         _refuse_rows(x, routing)
     if out is not None and under_transform():  # its tangent, its gradient or its batch would be lost
@@ -74,13 +100,42 @@ def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None
                 raise ValueError(
                     f"out: cannot be given while {name} requires grad; leave it out, or use torch.no_grad()"
                 )
-    pool_a, pool_b, slot_rank, slot_scaling = pool.tensors
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
-        dtype = torch.get_autocast_dtype(device)
-        x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
-    args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors)
+
+
+def sparse_delta_linear(x: Tensor, pool: SparsePool, routing: Routing, out: Tensor | None = None) -> Tensor:
+    """Apply every row's sparse deltas: ``out[row] += sum over the row's pairs of weight * (U x[row] + bias)``.
+
+    Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows,
+    their order or the number of threads. Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and
+    ``routing.weights``, not in the pool; derivatives run in plain torch.
+
+    Args:
+        x: ``[..., in_features]`` with ``routing.num_rows`` rows in all; fp32, bf16 or fp16, the pool's dtype
+            (any floating dtype off the CPU kernels, by plain torch).
+        pool: the layer's slots, ``SparsePool``: ``U [out_features, in_features]`` and ``bias`` per slot.
+        routing: ``Routing`` with as many slots as the pool.
+        out: ``[..., out_features]``, dtype of ``x``, added to in place (its version is bumped); unit stride in the last
+            dimension and one stride between rows; may not share memory with ``x``. Zeros if None.
+    Returns:
+        ``out``, or a new ``[..., out_features]``.
+    Raises:
+        ValueError: shapes or dtypes disagree, an index is out of range, or ``out`` is given where a gradient is needed
+            or under a functorch transform or forward-mode AD.
+    Source: PERU-FFT, arXiv:2310.01886: a merged model and the largest entries of each task's residual.
+    """
+    if not _compiling():
+        y, slots = out, pool.slots
+        if y is None and slots is not None and _may_bypass(x, routing.weights):
+            y = x.new_zeros((*x.shape[:-1], pool.out_features))
+        if y is not None and slots is not None and _sparse_delta_linear_eager(y, x, slots, routing):
+            return y
+    _check_call(x, routing, out)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear; the pool follows
+    elif x.dtype != pool.dtype:
+        raise ValueError(f"x: dtype {x.dtype}, the pool holds {pool.dtype}")
+    args = (x, pool.handle, pool.out_features, False, True, *routing.tensors)
     if out is None:
-        return _op.transformable(*args) if under_transform() else torch.ops.lora_fuse.multi_lora(*args)
-    torch.ops.lora_fuse.multi_lora_(out, *args)
+        return _sparse_op.transformable(*args) if under_transform() else torch.ops.lora_fuse.sparse_delta(*args)
+    torch.ops.lora_fuse.sparse_delta_(out, *args)
     return out

@@ -48,3 +48,23 @@ def topk_mask(
         masks.append(torch.zeros(size.shape, dtype=torch.bool).index_fill_(0, order, True))
     parts = torch.cat(masks).split([x.numel() for x in xs])
     return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
+
+
+def sparse_delta_linear(
+    x: Tensor,
+    deltas: list[Tensor],
+    biases: list[Tensor | None],
+    pairs: list[tuple[int, int, float]],
+    out: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``y[row] += weight * (U[slot] x[row] + bias[slot])`` for every (row, slot, weight), in ``dtype``.
+
+    ``deltas``: dense ``[out_features, in_features]`` per slot, zeros where nothing is kept.
+    """
+    y = out.to(dtype)
+    for row, slot, weight in pairs:
+        h = deltas[slot].to(dtype) @ x[row].to(dtype)
+        bias = biases[slot]
+        y[row] += weight * (h if bias is None else h + bias.to(dtype))
+    return y

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_fuse import _cpu
 
 _WORD = 64  # columns that one word of the bitmap covers
 _SHORT_COLUMNS = 1 << 16
@@ -67,12 +70,76 @@ class SparseMatrix:
             columns = mask.nonzero()[:, 1].to(column_dtype(cols))
         return cls(values, row_starts, columns, bitmap, cols)
 
+    def positions(self) -> _cpu.SparsePositions:
+        """Where the entries lie, as the kernels read it: checked, and kept for the next call. CPU tensors only.
+
+        Raises:
+            ValueError: an index out of range, or a bitmap that does not agree with ``row_starts``.
+        """
+        known: _cpu.SparsePositions | None = self.__dict__.get("_positions")
+        if known is None:
+            columns, bitmap = (None if t is None else t.contiguous() for t in (self.columns, self.bitmap))
+            known = _cpu.SparsePositions(self.row_starts.contiguous(), columns, bitmap, self.num_cols)
+            object.__setattr__(self, "_positions", known)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_uint16({name: value for name, value in self.__dict__.items() if name != "_positions"})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(with_uint16(state))
+
+    @torch.no_grad()
+    def write_into(self, weight: Tensor, values: Tensor | None = None, saved: Tensor | None = None) -> Tensor:
+        """Put the entries in place: ``weight[kept] = values``, in one pass over the kept places.
+
+        Args:
+            weight: ``[num_rows, num_cols]``, written in place (its version is bumped). A contiguous CPU tensor takes
+                the kernel, any other plain torch.
+            values: ``[nnz]``, cast to the dtype of ``weight``; ``self.values`` if None.
+            saved: ``[nnz]``, dtype and device of ``weight``: gets the entries that were there, so that
+                ``write_into(weight, saved)`` undoes the call bit for bit. May not be ``values``.
+        Returns:
+            ``weight``.
+        Raises:
+            ValueError: shapes, dtypes or devices disagree, or ``values`` and ``saved`` share memory; nothing
+                is written.
+        """
+        values = self.values if values is None else values
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"weight: expected shape {list(self.shape)}, got {list(weight.shape)}")
+        if tuple(values.shape) != (self.nnz,):
+            raise ValueError(f"values: expected shape [{self.nnz}], got {list(values.shape)}")
+        if saved is not None:
+            like = (tuple(saved.shape), saved.dtype, saved.device)
+            if like != ((self.nnz,), weight.dtype, weight.device):
+                raise ValueError(
+                    f"saved: expected shape [{self.nnz}], {weight.dtype} on {weight.device}, "
+                    f"got {list(saved.shape)}, {saved.dtype} on {saved.device}"
+                )
+            if self.nnz and saved.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+                raise ValueError("values, saved: share memory")
+        values = values.to(device=weight.device, dtype=weight.dtype)
+        plain = weight.device.type == self.row_starts.device.type == "cpu" and not weight.is_neg()
+        if plain and weight.is_contiguous() and weight.element_size() in (2, 4, 8) and not weight.is_complex():
+            target = saved if saved is None or saved.is_contiguous() else torch.empty_like(values)
+            self.positions().write(weight.detach(), values.contiguous(), target, torch.get_num_threads())
+            if saved is not None and target is not None and target is not saved:
+                saved.copy_(target)
+            return weight
+        index = self.flat_index().to(weight.device)
+        at = torch.div(index, max(self.num_cols, 1), rounding_mode="floor"), index % max(self.num_cols, 1)
+        if saved is not None:
+            saved.copy_(weight[at])
+        weight[at] = values
+        return weight
+
     def mask(self) -> Tensor:
         """``[num_rows, num_cols]`` bool, true where an entry is kept."""
         if self.bitmap is not None:
             shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
             bits = (self.bitmap[..., None] >> shifts) & 1
-            return bits.view(self.num_rows, -1)[:, : self.num_cols].bool()
+            return bits.flatten(1)[:, : self.num_cols].bool()
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
         mask.view(-1)[self.flat_index()] = True
         return mask
@@ -86,23 +153,26 @@ class SparseMatrix:
         """``[nnz]`` int64, the column of each entry."""
         if self.columns is not None:
             return self.columns.to(torch.int64)
+        if self.row_starts.device.type == "cpu":
+            index = torch.empty(self.nnz, dtype=torch.int64)
+            self.positions().column_index(index)
+            return index
         return self.mask().nonzero()[:, 1]
 
     def flat_index(self) -> Tensor:
         """``[nnz]`` int64, each entry's place in the flattened dense matrix."""
-        if self.columns is None:
-            return self.mask().view(-1).nonzero()[:, 0]
         return self.row_index() * self.num_cols + self.column_index()
 
     def to_dense(self, base: Tensor | None = None) -> Tensor:
         """``[num_rows, num_cols]``: the entries in place, elsewhere zeros, or what ``base`` has there."""
-        dense = self.values.new_zeros(self.shape) if base is None else base.clone()
-        dense.view(-1)[self.flat_index()] = self.values.to(dense.dtype)
-        return dense
+        dense = self.values.new_zeros(self.shape) if base is None else base.clone(memory_format=torch.contiguous_format)
+        return self.write_into(dense)
 
     def to_csr(self) -> Tensor:
         """A ``torch.sparse_csr`` tensor with int64 indices."""
-        return torch.sparse_csr_tensor(self.row_starts, self.column_index(), self.values, self.shape)
+        return torch.sparse_csr_tensor(
+            self.row_starts, self.column_index(), self.values, self.shape, check_invariants=False
+        )
 
     @classmethod
     def from_csr(cls, csr: Tensor) -> SparseMatrix:
@@ -151,7 +221,7 @@ class SparseMatrix:
             if self.bitmap.dtype != torch.uint8 or tuple(self.bitmap.shape) != want:
                 refuse(f"bitmap has shape {list(self.bitmap.shape)}, expected {list(want)} of uint8")
             shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
-            bits = ((self.bitmap[..., None] >> shifts) & 1).view(self.num_rows, -1)
+            bits = ((self.bitmap[..., None] >> shifts) & 1).flatten(1)
             if bool(bits[:, self.num_cols :].any()) or not torch.equal(bits.sum(1, dtype=torch.int64), starts.diff()):
                 refuse("the bitmap does not agree with row_starts")
         else:
@@ -173,3 +243,17 @@ def bitmap_is_smaller(rows: int, cols: int, nnz: int) -> bool:
 
 def column_dtype(cols: int) -> torch.dtype:
     return torch.uint16 if cols <= _SHORT_COLUMNS else torch.int32
+
+
+def without_uint16(state: dict[str, Any]) -> dict[str, Any]:
+    """For pickle, which does not take uint16 tensors: 16-bit columns as int16, the same bits."""
+    columns = state["columns"]
+    short = columns is not None and columns.dtype == torch.uint16
+    return state | {"columns": columns.view(torch.int16)} if short else state
+
+
+def with_uint16(state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``without_uint16``."""
+    columns = state["columns"]
+    short = columns is not None and columns.dtype == torch.int16
+    return state | {"columns": columns.view(torch.uint16)} if short else state

@@ -1,0 +1,16 @@
+// The five tensors of a Routing, checked: every index that a kernel will follow.
+#pragma once
+
+#include "tensors.h"
+#include "views.h"
+
+namespace lora_fuse {
+
+constexpr int64_t kReleaseGil = 1 << 15;  // multiply-adds, about a microsecond: less is done before another thread wakes
+
+inline bool has_kernel(dlpack::DataType t) { return same(t, kFloat32) || same(t, kBfloat16) || same(t, kFloat16); }
+
+// route: (rows, weights, segment_starts, row_starts, row_pairs); ValueError naming what does not fit.
+RoutingView read_routing(const pybind11::tuple& route, int64_t num_slots, int64_t num_rows);
+
+}  // namespace lora_fuse

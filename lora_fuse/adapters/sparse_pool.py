@@ -1,0 +1,238 @@
+"""The sparse slots of one layer: every task's delta, packed as the kernel reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fuse import _cpu
+from lora_fuse.ops.sparse_delta import register_pool
+from lora_fuse.sparse import SparseMatrix, with_uint16, without_uint16
+
+_LANES, _STRIP = _cpu.SPARSE_LANES, _cpu.SPARSE_STRIP
+_LARGEST_SHORT = 65535  # in_features itself is a column: the padding's
+
+
+@dataclass(frozen=True, eq=False)
+class PackedDelta:
+    """One slot: entries in the order of csrc/sparse.h, and a dense bias.
+
+    Args:
+        values: ``[steps * lanes]``, the pool's dtype; the padding holds 0.
+        columns: ``[steps * lanes]`` uint16, or int32 for wide layers; the padding holds ``in_features``.
+        starts: ``[slices + 1]`` int64, in steps.
+        order: ``[slices * lanes]`` uint8, each lane's output within its strip of 64, or 64 for none.
+        bias: ``[out_features]`` float32, or None. All others are None in a slot that is only a bias.
+    """
+
+    values: Tensor | None
+    columns: Tensor | None
+    starts: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.values, self.columns, self.starts, self.order, self.bias) if t is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_uint16(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(with_uint16(state))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PackedDelta:
+        """``fn`` of every tensor; the bias is moved, never cast."""
+        parts = {
+            name: None if t is None else fn(t)
+            for name, t in (
+                ("values", self.values),
+                ("columns", self.columns),
+                ("starts", self.starts),
+                ("order", self.order),
+            )
+        }
+        bias = self.bias
+        if bias is not None:
+            moved = fn(bias)
+            bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
+        return PackedDelta(**parts, bias=bias)
+
+    def dense(self, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+        """``[out_features, in_features]``, any device."""
+        if self.values is None or self.columns is None or self.starts is None or self.order is None:
+            assert self.bias is not None
+            return self.bias.new_zeros(out_features, in_features, dtype=dtype)
+        slices = torch.arange(self.starts.shape[0] - 1, device=self.starts.device)
+        outputs = slices[:, None] // (_STRIP // _LANES) * _STRIP + self.order.view(-1, _LANES).long()  # [slices, lanes]
+        rows = torch.repeat_interleave(outputs, self.starts.diff(), 0)  # [steps, lanes]
+        whole = self.values.new_zeros(out_features + _STRIP + 1, in_features + 1, dtype=dtype)
+        whole[rows.view(-1), self.columns.long()] = self.values.to(dtype)  # all padding falls into the last column
+        return whole[:out_features, :in_features]
+
+
+def pack(matrix: SparseMatrix, dtype: torch.dtype, bias: Tensor | None, device: torch.device) -> PackedDelta:
+    """The packed form, on ``device``; packing itself runs on the CPU."""
+    columns, bitmap = (None if t is None else t.detach().cpu() for t in (matrix.columns, matrix.bitmap))
+    on_cpu = SparseMatrix(
+        matrix.values.detach().to("cpu", dtype).contiguous(), matrix.row_starts.cpu(), columns, bitmap, matrix.num_cols
+    )
+    positions = on_cpu.positions()
+    rows, cols = matrix.shape
+    slices = rows // _STRIP * (_STRIP // _LANES) + -(-(rows % _STRIP) // _LANES)
+    starts = torch.empty(slices + 1, dtype=torch.int64)
+    order = torch.empty(slices * _LANES, dtype=torch.uint8)
+    entries = positions.order(starts, order) * _LANES
+    values = torch.empty(entries, dtype=dtype)
+    packed = torch.empty(entries, dtype=torch.uint16 if cols <= _LARGEST_SHORT else torch.int32)
+    positions.pack(on_cpu.values, starts, order, values, packed)
+    return PackedDelta(values, packed, starts, order, bias).map(lambda t: t.to(device))
+
+
+class SparsePool(nn.Module):
+    """Slots for up to ``num_slots`` sparse task vectors of one layer.
+
+    A slot holds the kept entries of ``[out_features, in_features]``, packed, and perhaps a dense bias delta. The slots
+    follow ``.to()``, ``copy.deepcopy`` and pickling and stay out of the state dict.
+
+    Args:
+        num_slots, in_features, out_features: positive.
+        dtype: of the entries; the dtype of the activations.
+    Raises:
+        ValueError: a size that is not a positive integer, or a dtype that is not floating point.
+    """
+
+    anchor: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        for name, size in {"num_slots": num_slots, "in_features": in_features, "out_features": out_features}.items():
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, accepted is an integer from 1")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, accepted is a floating-point dtype")
+        super().__init__()
+        self.num_slots, self.in_features, self.out_features = num_slots, in_features, out_features
+        self.packed: list[PackedDelta | None] = [None] * num_slots
+        self.register_buffer("anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)  # dtype, device
+        self._rebuild([None] * num_slots)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.anchor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.packed if p is not None)
+
+    @torch.no_grad()
+    def write(self, slot: int, matrix: SparseMatrix | None, bias: Tensor | None = None) -> None:
+        """Replace what a slot holds. Other slots are not touched, so forwards that use them may be running.
+
+        Args:
+            slot: index in ``[0, num_slots)``.
+            matrix: entries of the weight's delta, ``[out_features, in_features]``, cast to the pool's dtype and copied;
+                None: none.
+            bias: ``[out_features]``, the bias's delta, kept in fp32, or None.
+        Raises:
+            ValueError: slot out of range, shapes that do not fit the layer, or a matrix with an index out of range;
+                the slot stays as it was.
+        """
+        self._check_slot(slot)
+        want = (self.out_features, self.in_features)
+        if matrix is not None and matrix.shape != want:
+            raise ValueError(f"matrix: expected shape {want}, got {matrix.shape}")
+        if matrix is not None and matrix.values.shape[0] != int(matrix.row_starts[-1]):
+            raise ValueError(f"matrix: {matrix.nnz} values, row_starts end at {int(matrix.row_starts[-1])}")
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias: expected shape ({self.out_features},), got {tuple(bias.shape)}")
+        with torch.inference_mode(False):
+            device = self.anchor.device
+            own = None if bias is None else bias.detach().to(device, torch.float32, copy=True).contiguous()
+            if matrix is not None:
+                made: PackedDelta | None = pack(matrix, self.dtype, own, device)
+            else:
+                made = None if own is None else PackedDelta(None, None, None, None, own)
+            self._put(slot, made)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot.
+
+        Raises:
+            ValueError: slot out of range.
+        """
+        self._check_slot(slot)
+        self._put(slot, None)
+
+    def slots_as(self, dtype: torch.dtype) -> _cpu.SparseSlots | None:
+        """The slots as the kernel reads them, entries cast to ``dtype``; None where it cannot."""
+        if dtype == self.dtype or self.slots is None:
+            return self.slots
+        known = self._cast.get(dtype)
+        if known is None:
+            cast = [None if p is None else self._view(p.map(lambda t: _cast(t, dtype))) for p in self.packed]
+            known = self._cast[dtype] = _cpu.SparseSlots(self.in_features, self.out_features, cast)
+        return known
+
+    def dense(self, slot: int, dtype: torch.dtype) -> Tensor | None:
+        """A slot's ``[out_features, in_features]``, for paths without a kernel; None if it holds no entries."""
+        packed = self.packed[slot]
+        if packed is None or packed.values is None:
+            return None
+        return packed.dense(self.out_features, self.in_features, dtype)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot: {slot} is out of range, this pool has slots 0 to {self.num_slots - 1}")
+
+    def _put(self, slot: int, packed: PackedDelta | None) -> None:
+        views = list(self._views)
+        views[slot] = None if packed is None else self._view(packed)  # may refuse: nothing has changed yet
+        self.packed[slot] = packed
+        self._rebuild(views)
+
+    def _view(self, p: PackedDelta) -> _cpu.SparseSlot | None:
+        if self.anchor.device.type != "cpu":
+            return None
+        return _cpu.SparseSlot(self.in_features, self.out_features, p.values, p.columns, p.starts, p.order, p.bias)
+
+    def _rebuild(self, views: list[_cpu.SparseSlot | None]) -> None:
+        """Publish a new set of slots; a forward that runs keeps the set that it took."""
+        self._views = views
+        on_cpu = self.anchor.device.type == "cpu"
+        self.slots = _cpu.SparseSlots(self.in_features, self.out_features, views) if on_cpu else None
+        self._cast: dict[torch.dtype, _cpu.SparseSlots] = {}
+        if "handle" not in self.__dict__:
+            self.handle = register_pool(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        with torch.no_grad(), torch.inference_mode(False):
+            self.packed = [None if p is None else p.map(fn) for p in self.packed]
+            self._rebuild([None if p is None else self._view(p) for p in self.packed])
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_views", "slots", "_cast", "handle")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rebuild([None if p is None else self._view(p) for p in self.packed])
+
+    def extra_repr(self) -> str:
+        return f"slots={self.num_slots}, in={self.in_features}, out={self.out_features}"
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() else t

@@ -1,0 +1,212 @@
+"""The op ``lora_fuse::sparse_delta``: schema, fake, CPU, other devices, autograd.
+
+A pool's slots are C++ objects, so the op knows its pool by a number: traces of it are good in this process only.
+``transposed`` multiplies by ``U^T`` and ``bias`` says whether the slots' biases join in, which makes derivatives of any
+order the same op.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch  # before _cpu: the extension shares the OpenMP runtime that torch loads
+from torch import Tensor
+
+from lora_fuse import _cpu
+from lora_fuse.ops._library import LIBRARY
+
+if TYPE_CHECKING:
+    from lora_fuse.adapters.sparse_pool import SparsePool
+
+_ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
+_POOL = "int pool, SymInt features, bool transposed, bool bias"  # features: of the result
+LIBRARY.define(f"sparse_delta(Tensor x, {_POOL}, {_ROUTING}) -> Tensor")
+LIBRARY.define(f"sparse_delta_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> ()")
+
+_POOLS: WeakValueDictionary[int, SparsePool] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def register_pool(pool: SparsePool) -> int:
+    """The number by which the op will know ``pool``, for as long as it lives."""
+    number = next(_NUMBERS)
+    _POOLS[number] = pool
+    return number
+
+
+def _pool(number: int) -> SparsePool:
+    pool = _POOLS.get(number)
+    if pool is None:
+        raise ValueError(f"pool: {number} is not a SparsePool of this process, or no longer alive")
+    return pool
+
+
+def _cpu_(out: Tensor, x: Tensor, number: int, features: int, transposed: bool, bias: bool, *routing: Any) -> None:
+    slots = None if transposed or not bias else _pool(number).slots_as(x.dtype)
+    if slots is not None:
+        x = x.resolve_conj().resolve_neg()
+        threads = torch.get_num_threads()
+        for t in (x, x.contiguous()):  # the second where x has no [rows, features] view
+            if _cpu.sparse_delta_linear(out, t, slots, routing, threads):
+                return
+    _composite_(out, x, number, features, transposed, bias, *routing)
+
+
+def _cpu_new(x: Tensor, number: int, features: int, *args: Any) -> Tensor:
+    out = x.new_zeros((*x.shape[:-1], features))
+    _cpu_(out, x, number, features, *args)
+    return out
+
+
+def _composite_(
+    out: Tensor,
+    x: Tensor,
+    number: int,
+    features: int,
+    transposed: bool,
+    bias: bool,
+    rows: Tensor,
+    weights: Tensor | None,
+    segment_starts: Tensor,
+    row_starts: Tensor | None,
+    row_pairs: Tensor | None,
+) -> None:
+    """Plain torch, a dense matrix per slot in use: derivatives, and devices and dtypes that have no kernel."""
+    pool, starts = _pool(number), segment_starts.tolist()
+    sizes = (pool.out_features, pool.in_features) if transposed else (pool.in_features, pool.out_features)
+    _check(out, x, sizes, pool.num_slots, rows, weights, starts)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    flat = x.reshape(-1, x.shape[-1])
+    total = torch.zeros(flat.shape[0], sizes[1], dtype=dtype, device=x.device)
+    for slot, packed in enumerate(pool.packed):
+        index = rows[starts[slot] : starts[slot + 1]].long()
+        if packed is None or index.shape[0] == 0:
+            continue
+        delta = pool.dense(slot, x.dtype)
+        part = torch.zeros(index.shape[0], sizes[1], dtype=dtype, device=x.device)
+        if delta is not None:
+            delta = delta.to(dtype)
+            part = flat[index].to(dtype) @ (delta if transposed else delta.t())
+        if bias and packed.bias is not None:
+            part += packed.bias
+        if weights is not None:
+            part *= weights[starts[slot] : starts[slot + 1], None]
+        total.index_add_(0, index, part)
+    touched = torch.zeros(flat.shape[0], dtype=torch.bool, device=x.device)
+    touched[rows.long()] = True
+    view = out.view(-1, sizes[1]) if out.is_contiguous() else None
+    if view is not None:  # rows without a pair keep their bits
+        view[touched] = (view[touched].to(dtype) + total[touched]).to(out.dtype)
+    else:
+        sums = (out.to(dtype) + total.view(out.shape)).to(out.dtype)
+        out.copy_(torch.where(touched.view(*out.shape[:-1], 1), sums, out))
+
+
+def _check(
+    out: Tensor,
+    x: Tensor,
+    sizes: tuple[int, int],
+    num_slots: int,
+    rows: Tensor,
+    weights: Tensor | None,
+    starts: list[int],
+) -> None:
+    """What the kernel checks in C++, for those who have none; indexing checks the values of ``rows``."""
+    if not (x.dtype.is_floating_point or x.dtype.is_complex) or x.dtype != out.dtype:
+        raise ValueError(f"x, out: dtypes {x.dtype} and {out.dtype}, accepted is one floating dtype for both")
+    if (x.shape[-1], out.shape[-1]) != sizes:
+        raise ValueError(
+            f"x, out: have {x.shape[-1]} and {out.shape[-1]} features, the pool has {sizes[0]}, {sizes[1]}"
+        )
+    if x.shape[:-1].numel() != out.shape[:-1].numel():
+        raise ValueError(f"x, out: shapes {list(x.shape)} and {list(out.shape)} have different numbers of rows")
+    num_pairs = rows.shape[0]
+    if rows.dim() != 1 or (weights is not None and weights.shape != rows.shape):
+        raise ValueError("rows, weights: accepted is one entry for each pair")
+    if len(starts) != num_slots + 1 or [starts[0], starts[-1]] != [0, num_pairs] or sorted(starts) != starts:
+        raise ValueError(f"segment_starts: must be {num_slots + 1} numbers that rise from 0 to {num_pairs}, the pairs")
+    num_rows = x.shape[:-1].numel()
+    if num_pairs and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
+        raise ValueError(f"rows: values {int(rows.min())} to {int(rows.max())}, accepted are 0 to {num_rows - 1}")
+
+
+def _composite(x: Tensor, number: int, features: int, *args: Any) -> Tensor:
+    out = x.new_zeros((*x.shape[:-1], features))
+    _composite_(out, x, number, features, *args)
+    return out
+
+
+def _fake(x: Tensor, number: int, features: int, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], features))
+
+
+LIBRARY.impl("sparse_delta", _cpu_new, "CPU")
+LIBRARY.impl("sparse_delta_", _cpu_, "CPU")
+LIBRARY.impl("sparse_delta", _composite, "CompositeExplicitAutograd")
+LIBRARY.impl("sparse_delta_", _composite_, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fuse::sparse_delta", _fake, lib=LIBRARY)
+torch.library.register_fake("lora_fuse::sparse_delta_", lambda *args: None, lib=LIBRARY)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.pool, _, ctx.transposed, ctx.bias, *routing = inputs
+    ctx.save_for_backward(x, *routing)
+
+
+def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -> tuple[Any, ...]:
+    op = op or torch.ops.lora_fuse.sparse_delta
+    x, rows, weights, segment_starts, row_starts, row_pairs = ctx.saved_tensors
+    grad_x = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        routing = (rows, weights, segment_starts, row_starts, row_pairs)
+        grad_x = op(grad, ctx.pool, x.shape[-1], not ctx.transposed, False, *routing)
+    if weights is not None and ctx.needs_input_grad[6]:  # <the pair's own result, grad of its row>
+        own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        of_pairs = x.reshape(-1, x.shape[-1])[rows.long()]
+        h = op(of_pairs, ctx.pool, grad.shape[-1], ctx.transposed, ctx.bias, own, None, segment_starts, None, None)
+        grad_of_pairs = grad.reshape(-1, grad.shape[-1])[rows.long()]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        grad_weights = (h.to(dtype) * grad_of_pairs.to(dtype)).sum(-1).to(weights.dtype)
+    return grad_x, None, None, None, None, None, grad_weights, None, None, None
+
+
+torch.library.register_autograd("lora_fuse::sparse_delta", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+class _Transformable(torch.autograd.Function):
+    """The same op under functorch transforms and forward-mode AD, which ``register_autograd`` does not serve."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():  # this Function is the autograd; not the registered one as well
+            return torch.ops.lora_fuse.sparse_delta(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+        x, _, _, _, _, *routing = inputs
+        ctx.save_for_forward(x, *routing)
+        ctx.features = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, grad, transformable)
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Any) -> Tensor:  # affine in x, linear in the weights
+        x, rows, weights, *rest = ctx.saved_tensors
+        op, pool = torch.ops.lora_fuse.sparse_delta, (ctx.pool, ctx.features, ctx.transposed)
+        parts = [] if x_tangent is None else [op(x_tangent, *pool, False, rows, weights, *rest)]
+        if tangents[5] is not None:
+            parts.append(op(x, *pool, ctx.bias, rows, tangents[5], *rest))
+        return sum(parts[1:], parts[0])
+
+
+def transformable(*args: Any) -> Tensor:
+    """``sparse_delta`` for functorch transforms and forward-mode AD."""
+    return _Transformable.apply(*args)  # type: ignore[no-any-return]

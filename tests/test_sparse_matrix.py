@@ -1,0 +1,183 @@
+"""SparseMatrix: forms, conversions, checks, and writing into a dense weight."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_fuse import _cpu
+from lora_fuse.sparse import SparseMatrix
+
+SHAPES = [  # rows, cols, density
+    pytest.param(1, 1, 1.0, id="one"),
+    pytest.param(37, 100, 0.3, id="bitmap"),
+    pytest.param(64, 384, 0.1, id="bitmap-384"),
+    pytest.param(33, 130, 0.02, id="columns"),
+    pytest.param(5, 65_536, 0.001, id="65536-columns"),
+    pytest.param(4, 70_001, 0.2, id="wide-bitmap"),
+    pytest.param(4, 70_001, 0.001, id="wide-columns"),
+    pytest.param(20, 63, 1.0, id="everything"),
+    pytest.param(20, 63, 0.0, id="nothing"),
+    pytest.param(0, 63, 0.5, id="no-rows"),
+    pytest.param(700, 300, 0.15, id="two-threads"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=_cpu.available_isas())
+def isa(request):
+    before = _cpu.isa()
+    _cpu.choose_isa(request.param)
+    yield request.param
+    _cpu.choose_isa(before)
+
+
+def make(rows: int, cols: int, density: float, dtype: torch.dtype = torch.float32) -> tuple[SparseMatrix, torch.Tensor]:
+    mask = torch.rand(rows, cols) < density
+    mask[::5] &= density == 1.0  # empty rows
+    return SparseMatrix.from_mask(torch.randn(rows, cols).to(dtype), mask), mask
+
+
+def other_form(matrix: SparseMatrix) -> SparseMatrix:
+    """The same entries in the form that takes more bytes."""
+    mask = matrix.mask()
+    if matrix.bitmap is not None:
+        dtype = torch.uint16 if matrix.num_cols <= 65_536 else torch.int32
+        return replace(matrix, bitmap=None, columns=mask.nonzero()[:, 1].to(dtype))
+    words = -(-matrix.num_cols // 64)
+    bits = torch.zeros(matrix.num_rows, words * 64, dtype=torch.uint8)
+    bits[:, : matrix.num_cols] = mask
+    packed = (bits.view(matrix.num_rows, 8 * words, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return replace(matrix, columns=None, bitmap=packed)
+
+
+@pytest.mark.parametrize(("rows", "cols", "density"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_write_and_undo(isa, rows, cols, density, dtype):
+    smaller, mask = make(rows, cols, density, dtype)
+    threads = torch.get_num_threads()
+    for matrix in (smaller, other_form(smaller)):
+        weight = torch.randn(rows, cols).to(dtype)
+        before, saved = weight.clone(), torch.empty(matrix.nnz, dtype=dtype)
+        torch.set_num_threads(2)
+        assert matrix.write_into(weight, saved=saved) is weight
+        torch.set_num_threads(threads)
+        want = before.clone()
+        want[mask] = matrix.values
+        assert torch.equal(weight, want)
+        assert torch.equal(saved, before[mask])
+        matrix.write_into(weight, saved)
+        assert torch.equal(weight, before)
+        weight.fill_(float("nan"))
+        matrix.write_into(weight)
+        assert torch.equal(weight[mask], matrix.values)
+        assert weight[~mask].isnan().all()
+
+
+@pytest.mark.parametrize(("rows", "cols", "density"), SHAPES)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_conversions(rows, cols, density):
+    matrix, mask = make(rows, cols, density)
+    for form in (matrix, other_form(matrix)):
+        form.check("m")
+        assert torch.equal(form.mask(), mask)
+        assert torch.equal(form.row_index(), mask.nonzero()[:, 0])
+        assert torch.equal(form.column_index(), mask.nonzero()[:, 1])
+        assert torch.equal(form.flat_index(), mask.view(-1).nonzero()[:, 0])
+        base = torch.randn(rows, cols)
+        assert torch.equal(form.to_dense(base), torch.where(mask, form.to_dense(), base))
+    if rows:
+        back = SparseMatrix.from_csr(matrix.to_csr())
+        assert torch.equal(back.to_dense(), matrix.to_dense())
+        assert (back.bitmap is None) == (matrix.bitmap is None)
+
+
+def test_weights_that_the_kernel_does_not_take():
+    matrix, mask = make(20, 30, 0.3)
+    strided = torch.randn(30, 20).t()
+    before = strided.clone()
+    saved = torch.empty(2 * matrix.nnz)[::2]
+    matrix.write_into(strided, saved=saved)
+    assert torch.equal(strided[mask], matrix.values)
+    assert torch.equal(strided[~mask], before[~mask])
+    matrix.write_into(strided, saved.clone())
+    assert torch.equal(strided, before)
+    dense = before.contiguous()
+    matrix.write_into(dense, saved=saved)
+    assert torch.equal(saved, before[mask])
+    half = torch.zeros(20, 30).half()  # values are cast
+    matrix.write_into(half)
+    assert torch.equal(half[mask], matrix.values.half())
+
+
+def test_parameters_and_versions():
+    matrix, mask = make(20, 30, 0.3)
+    weight = torch.nn.Parameter(torch.randn(20, 30))
+    product = (weight * torch.randn(20, 30, requires_grad=True)).sum()
+    version = weight._version
+    matrix.write_into(weight)
+    assert weight._version > version
+    assert weight.is_leaf
+    assert torch.equal(weight.detach()[mask], matrix.values)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        matrix.write_into(weight, torch.zeros(matrix.nnz))
+        assert not weight[mask].any()
+        matrix.write_into(torch.zeros(20, 30), saved=torch.empty(matrix.nnz))
+
+
+def test_bad_input_writes_nothing():
+    matrix, _ = make(20, 30, 0.3)
+    weight, n = torch.randn(20, 30), matrix.nnz
+    before = weight.clone()
+    for match, kwargs in [
+        (r"weight: expected shape \[20, 30\], got \[30, 20\]", {"weight": torch.zeros(30, 20)}),
+        (r"values: expected shape", {"values": torch.zeros(n + 1)}),
+        (r"saved: expected shape", {"saved": torch.zeros(n - 1)}),
+        (r"saved: expected shape .*float32", {"saved": torch.zeros(n).half()}),
+        (r"values, saved: share memory", {"saved": matrix.values}),
+        (r"saved: shares memory with weight", {"saved": weight.view(-1)[:n]}),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            matrix.write_into(**({"weight": weight} | kwargs))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("form", ["columns", "bitmap"])
+def test_damaged_positions_are_refused_before_any_read(form):
+    matrix, _ = make(20, 100, 0.3 if form == "bitmap" else 0.02)
+    assert getattr(matrix, form) is not None
+    cases = [("row_starts", 3, 1 << 40), ("row_starts", 3, -5), ("row_starts", 0, 1), ("row_starts", -1, 10_000)]
+    cases += (
+        [("columns", 0, 100), ("columns", 0, 65_535)]
+        if form == "columns"
+        else [("bitmap", (1, 15), 0x80), ("bitmap", (1, 0), 0)]
+    )
+    weight = torch.zeros(20, 100)
+    for name, place, value in cases:
+        bad = copy.deepcopy(matrix)
+        if name == "bitmap" and value == 0:
+            bad.bitmap[1, 0] ^= 1
+        else:
+            getattr(bad, name)[place] = value
+        with pytest.raises(ValueError, match=r"row_starts|columns|bitmap"):
+            bad.write_into(weight)
+        with pytest.raises(ValueError, match=r"m: "):
+            bad.check("m")
+    with pytest.raises(ValueError, match="expected one of them"):
+        replace(matrix, columns=None, bitmap=None).write_into(weight)
+    assert not weight.any()
+
+
+def test_copies_forget_the_checked_view():
+    matrix, _ = make(20, 30, 0.02)
+    assert matrix.columns is not None
+    matrix.positions()
+    for other in (copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix)), replace(matrix)):
+        assert "_positions" not in other.__dict__
+        assert torch.equal(other.to_dense(), matrix.to_dense())
