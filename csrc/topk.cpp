@@ -7,6 +7,7 @@
 #include <atomic>
 #include <climits>
 #include <cmath>
+#include <functional>
 #include <new>
 #include <stdexcept>
 
@@ -20,7 +21,9 @@ constexpr int64_t kParallelEntries = 1 << 15;  // fewer are not worth a second t
 constexpr int64_t kDirect = 2048;              // entries of a group that are all collected, without a sample
 constexpr int64_t kBlock = 1 << 16;            // keys of a block of the arena
 constexpr int64_t kMaxFound = 1 << 23;         // keys collected at once by all threads: 32 MB
+constexpr int64_t kPastCaches = 8 << 20;       // bytes of output that are not worth a place in the caches
 constexpr int kBinBits = 12;
+constexpr int64_t kMaxChunks = (int64_t(1) << 32) / kTopkChunk - 1;
 
 // f(thread, i) for begin <= i < end, `grain` of them at a time to whoever is free.
 template <class F>
@@ -43,7 +46,7 @@ uint64_t mix(uint64_t z) {  // SplitMix64's finaliser
 }
 
 // The rank-th largest (from 1) of the keys in [low, high], by histograms of ever smaller ranges; rank becomes its
-// rank among its equals. count(high, shift, bins) does what TopkRun::histogram does for all of them.
+// rank among its equals. count(high, shift, bins) fills bins[(high - key) >> shift] as far as there are bins.
 template <class F>
 int32_t narrow(int32_t low, int32_t high, int64_t* rank, const F& count) {
   std::vector<int64_t> bins;
@@ -61,6 +64,23 @@ int32_t narrow(int32_t low, int32_t high, int64_t* rank, const F& count) {
     low = std::max(low, high - int32_t((1u << shift) - 1));
   }
 }
+
+// Adds up what f(i, num_bins, table) puts into tables as TopkRun::histogram's, for chunks begin <= i < end.
+template <class F>
+void fill(std::vector<int64_t>* bins, int threads, int64_t begin, int64_t end, const F& f) {
+  const size_t n = bins->size();
+  std::vector<std::vector<uint32_t>> tables(threads, std::vector<uint32_t>(4 * (n + 1)));
+  for (; begin < end; begin += kMaxChunks) {  // as many as cannot overflow a bin
+    each(threads, begin, std::min(end, begin + kMaxChunks), 4, [&](int t, int64_t i) { f(i, uint32_t(n), tables[t].data()); });
+    for (auto& table : tables) {
+      for (size_t b = 0; b < 4 * (n + 1); ++b)
+        if (b % (n + 1) < n) (*bins)[b % (n + 1)] += table[b];
+      std::fill(table.begin(), table.end(), 0);
+    }
+  }
+}
+
+int size_of_team(int64_t entries, int threads) { return entries < kParallelEntries ? 1 : threads; }
 
 }  // namespace
 
@@ -128,7 +148,7 @@ Selection::Selection(std::vector<TopkInput> inputs, TopkScope scope, const std::
 
 void Selection::select(int threads, TopkMethod method) {
   const TopkKernels& kernels = lora_fuse::kernels().topk;
-  if (entries_ < kParallelEntries) threads = 1;
+  threads = size_of_team(entries_, threads);
   // Groups that are small beside the whole go to a thread each, the others to the team one by one.
   const auto is_small = [&](const Group& g) { return threads == 1 || g.entries * 4 * threads <= entries_; };
   std::vector<Scratch> scratch;
@@ -185,19 +205,34 @@ void Selection::sample(const TopkKernels& kernels, const Group& group, int64_t c
   });
 }
 
+// The rank-th largest of the keys that were found; rank becomes its rank among its equals.
+int32_t Selection::pick(const Scratch& scratch, int64_t num_chunks, int64_t size, int32_t low, int32_t high, int64_t* rank, int threads) {
+  if (size <= kDirect) {
+    int32_t keys[kDirect];
+    int64_t n = 0;
+    for (int64_t i = 0; i < num_chunks; ++i) n = std::copy_n(scratch.found[i].keys, scratch.found[i].tally.between, keys + n) - keys;
+    int32_t* const nth = keys + *rank - 1;
+    std::nth_element(keys, nth, keys + n, std::greater<>());
+    *rank = 1 + std::count(keys, nth, *nth);  // those before it that are not greater
+    return *nth;
+  }
+  return narrow(low, high, rank, [&](int32_t top, int shift, std::vector<int64_t>* bins) {
+    fill(bins, threads, 0, num_chunks, [&](int64_t i, uint32_t num_bins, uint32_t* table) {
+      const Scratch::Found& f = scratch.found[i];
+      for (int32_t j = 0; j < f.tally.between; ++j) {
+        const uint32_t bin = uint32_t(top - f.keys[j]) >> shift;
+        ++table[(j & 3) * (num_bins + 1) + (bin < num_bins ? bin : num_bins)];
+      }
+    });
+  });
+}
+
 int32_t Selection::search(const TopkKernels& kernels, const Group& group, int32_t low, int32_t high, int64_t* rank, int threads) const {
   return narrow(low, high, rank, [&](int32_t top, int shift, std::vector<int64_t>* bins) {
-    std::vector<std::vector<uint32_t>> parts(threads);
-    for (auto& part : parts) part.assign(bins->size(), 0);
-    std::vector<int64_t> filled(threads, 0);
-    const auto flush = [&](int t) {
-      for (size_t b = 0; b < bins->size(); ++b) (*bins)[b] += parts[t][b];
-    };
-    each(threads, group.begin, group.end, 4, [&](int t, int64_t i) {
+    fill(bins, threads, group.begin, group.end, [&](int64_t i, uint32_t num_bins, uint32_t* table) {
       const Chunk& c = chunks_[i];
-      run(kernels, c).histogram(x(c), minus(c), c.length, top, shift, uint32_t(bins->size()), parts[t].data());
+      run(kernels, c).histogram(x(c), minus(c), c.length, top, shift, num_bins, table);
     });
-    for (int t = 0; t < threads; ++t) flush(t);
   });
 }
 
@@ -205,6 +240,7 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
   const int64_t k = group.k;
   int32_t low = kInfinityKey, high = kInfinityKey;
   const bool trivial = k == 0 || k == group.entries;  // still looked through for NaN
+  bool count_ends = false;  // so many equals at the bracket's ends that they are counted, not collected
   if (!trivial && group.entries <= kDirect) {
     low = -1, high = kInfinityKey + 1;  // collect all
   } else if (!trivial && method == TopkMethod::bracket) {
@@ -214,17 +250,21 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
     sample(kernels, group, size, keys.data(), threads);
     const double p = double(k) / double(group.entries), rank = p * double(size);
     const double margin = 4 * std::sqrt(rank * (1 - p)) + 2;
-    const auto from_top = [&](double r) {  // the sample's r-th largest
+    auto begin = keys.begin();
+    const auto from_top = [&](double r) {  // the sample's r-th largest; r falls from call to call
       const auto nth = keys.end() - int64_t(r);
-      std::nth_element(keys.begin(), nth, keys.end());
+      std::nth_element(begin, nth, keys.end());
+      begin = nth;
       return *nth;
     };
-    low = rank + margin < double(size) ? from_top(std::ceil(rank + margin)) : 0;
+    low = rank + margin < double(size) ? from_top(std::ceil(rank + margin)) : -1;
     high = rank - margin >= 1 ? std::min(from_top(std::floor(rank - margin)), kInfinityKey) : kInfinityKey;
-    low = std::min(low, high);
+    const auto equal = std::count(keys.begin(), keys.end(), std::max(low, 0)) + std::count(keys.begin(), keys.end(), high);
+    count_ends = low >= high || equal > size / 64 + 8;
+    if (count_ends) low = std::clamp(low, 0, high);
   }
 
-  // One pass: counts, and the keys between low and high.
+  // One pass: counts, and the keys between low and high. Where the ends are not counted, high is among them.
   const int64_t num_chunks = group.end - group.begin;
   auto& found = scratch->found;
   found.resize(std::max<size_t>(found.size(), num_chunks));
@@ -237,7 +277,8 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
       int32_t spare[kTopkChunk + 16];
       int32_t* const room = arena.room();
       auto& f = found[i - group.begin];
-      f.tally = run(kernels, c).count(x(c), minus(c), c.length, low, high, room ? room : spare);
+      const TopkRun& r = run(kernels, c);
+      f.tally = (count_ends ? r.count_ties : r.count)(x(c), minus(c), c.length, low, high, room ? room : spare);
       f.keys = room;
       if (room) arena.keep(f.tally.between);
       else if (f.tally.between) overflow = true;
@@ -269,38 +310,27 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
     threshold = high;
   } else if ((ties -= at_high) <= between) {
     if (overflow) {
-      threshold = search(kernels, group, low + 1, high - 1, &ties, threads), recount = true;
+      threshold = search(kernels, group, low + 1, high - count_ends, &ties, threads), recount = true;
     } else {
-      threshold = narrow(low + 1, high - 1, &ties, [&](int32_t top, int shift, std::vector<int64_t>* bins) {
-        for (int64_t i = 0; i < num_chunks; ++i)
-          for (int32_t j = 0; j < found[i].tally.between; ++j) {
-            const uint32_t bin = uint32_t(top - found[i].keys[j]) >> shift;
-            if (found[i].keys[j] <= top && bin < bins->size()) ++(*bins)[bin];
-          }
-      });
+      threshold = pick(*scratch, num_chunks, between, low + 1, high - count_ends, &ties, size_of_team(between, threads));
     }
   } else if ((ties -= between) <= at_low) {
     threshold = low;
   } else {
     ties -= at_low;
-    threshold = search(kernels, group, 0, low - 1, &ties, threads), recount = true;
+    threshold = search(kernels, group, 0, low - count_ends, &ties, threads), recount = true;
   }
   if (recount) {
-    low = high = threshold;
+    low = high = threshold, count_ends = true;
     count();
   }
 
   for (int64_t i = 0; i < num_chunks; ++i) {
     Chunk& c = chunks_[group.begin + i];
     const Tally& t = found[i].tally;
-    int32_t more = t.above, equal = 0;
-    if (threshold == high) {
-      equal = t.at_high;
-    } else {
-      more += t.at_high;
-      for (int32_t j = 0; j < t.between; ++j) more += found[i].keys[j] > threshold, equal += found[i].keys[j] == threshold;
-      if (threshold == low) equal = t.at_low;
-    }
+    int32_t more = t.above, equal = threshold == high ? t.at_high : threshold == low ? t.at_low : 0;
+    if (threshold < high) more += t.at_high;
+    for (int32_t j = 0; j < t.between; ++j) more += found[i].keys[j] > threshold, equal += found[i].keys[j] == threshold;
     c.above = threshold;
     const auto taken = int32_t(std::min<int64_t>(equal, ties));
     ties -= taken;
@@ -316,7 +346,7 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
 
 void Selection::write_mask(const std::vector<uint8_t*>& out, int threads) const {
   const TopkKernels& kernels = lora_fuse::kernels().topk;
-  if (entries_ < kParallelEntries) threads = 1;
+  threads = size_of_team(entries_, threads);
   each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
     const Chunk& c = chunks_[i];
     uint8_t* const y = out[c.input] + c.begin;
@@ -328,20 +358,23 @@ void Selection::write_mask(const std::vector<uint8_t*>& out, int threads) const 
 
 void Selection::write_dense(const std::vector<char*>& out, int threads) const {
   const TopkKernels& kernels = lora_fuse::kernels().topk;
-  if (entries_ < kParallelEntries) threads = 1;
+  threads = size_of_team(entries_, threads);
+  int64_t bytes = 0;
+  for (const TopkInput& in : inputs_) bytes += in.rows * in.cols * in.itemsize;
+  const bool past = bytes >= kPastCaches;
   each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
     const Chunk& c = chunks_[i];
     const int size = inputs_[c.input].itemsize;
     char* const y = out[c.input] + c.begin * size;
     const TopkRun& r = run(kernels, c);
-    if (c.split) r.prune(x(c), minus(c), c.split, c.above - 1, false, y);
-    if (c.split < c.length) r.prune(x(c, c.split), minus(c, c.split), c.length - c.split, c.above, false, y + int64_t(c.split) * size);
+    if (c.split) r.prune(x(c), minus(c), c.split, c.above - 1, past, y);
+    if (c.split < c.length) r.prune(x(c, c.split), minus(c, c.split), c.length - c.split, c.above, past, y + int64_t(c.split) * size);
   });
 }
 
 void Selection::write_sparse(const std::vector<SparseOutput>& out, bool own, int threads) const {
   const TopkKernels& kernels = lora_fuse::kernels().topk;
-  if (entries_ < kParallelEntries) threads = 1;
+  threads = size_of_team(entries_, threads);
   for (size_t i = 0; i < inputs_.size(); ++i) {
     if (inputs_[i].cols == 0) std::fill_n(out[i].row_starts, inputs_[i].rows, 0);
     out[i].row_starts[inputs_[i].rows] = kept_[i];

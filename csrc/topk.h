@@ -11,21 +11,24 @@ namespace lora_fuse {
 constexpr int32_t kInfinityKey = 0x7f800000;
 constexpr int kTopkChunk = 16384;  // entries that a kernel call takes at most
 
-// How many keys of a run lie where, relative to a bracket low <= high; `between` is exclusive of both ends.
+// How many keys of a run lie where, relative to a bracket low <= high.
 struct Tally {
   int32_t above, at_high, between, at_low, max_key;
 };
 
 // Kernels on a run of n contiguous entries of one dtype; minus is null in one set of them and never in the other.
 struct TopkRun {
-  // found: the keys in between, in any order; room for n + 16
+  // found: the keys in between, in any order; room for n + 16. count: low < key <= high is between, the ends apart are
+  // not counted; count_ties: low < key < high, and the ends are.
   Tally (*count)(const void* x, const void* minus, int n, int32_t low, int32_t high, int32_t* found);
+  Tally (*count_ties)(const void* x, const void* minus, int n, int32_t low, int32_t high, int32_t* found);
   void (*keys)(const void* x, const void* minus, int n, int32_t* keys);
   void (*gather)(const void* x, const void* minus, const int64_t* at, int n, int32_t* keys);
-  // ++bins[(high - key) >> shift] for keys up to high, where that is below num_bins
+  // ++bins[(high - key) >> shift] for keys up to high, where that is below num_bins; in any of four tables of
+  // num_bins + 1, whose last bins mean nothing. num_bins << shift is at most 2^31.
   void (*histogram)(const void* x, const void* minus, int n, int32_t high, int shift, uint32_t num_bins, uint32_t* bins);
   void (*mask)(const void* x, const void* minus, int n, int32_t above, uint8_t* out);  // key > above
-  void (*prune)(const void* x, const void* minus, int n, int32_t above, bool stream, void* out);
+  void (*prune)(const void* x, const void* minus, int n, int32_t above, bool past, void* out);  // past: the caches
   // bit i of words: key[i] > above, or >= above where i < split
   void (*bits)(const void* x, const void* minus, int n, int32_t above, int split, uint64_t* words);
   // x - minus, or x itself, where the bits are set; returns how many. out: room for 16 more than those
@@ -88,6 +91,8 @@ class Selection {
 
   void select_group(const TopkKernels& kernels, const Group& group, Scratch* scratch, int threads, TopkMethod method);
   void sample(const TopkKernels& kernels, const Group& group, int64_t count, int32_t* keys, int threads) const;
+  static int32_t pick(const Scratch& scratch, int64_t num_chunks, int64_t size, int32_t low, int32_t high, int64_t* rank,
+                      int threads);
   int32_t search(const TopkKernels& kernels, const Group& group, int32_t low, int32_t high, int64_t* rank, int threads) const;
   const TopkRun& run(const TopkKernels& kernels, const Chunk& c) const {
     const TopkInput& in = inputs_[c.input];
