@@ -18,7 +18,8 @@ namespace lora_fuse {
 namespace {
 
 constexpr int64_t kParallelEntries = 1 << 15;  // fewer are not worth a second thread
-constexpr int64_t kDirect = 2048;              // entries of a group that are all collected, without a sample
+constexpr int64_t kFew = 4096;                 // keys that are not worth a parallel histogram
+constexpr int64_t kCollect = 1024;             // entries of a group that are all collected, without a sample
 constexpr int64_t kBlock = 1 << 16;            // keys of a block of the arena
 constexpr int64_t kMaxFound = 1 << 23;         // keys collected at once by all threads: 32 MB
 constexpr int64_t kPastCaches = 8 << 20;       // bytes of output that are not worth a place in the caches
@@ -78,6 +79,32 @@ void fill(std::vector<int64_t>* bins, int threads, int64_t begin, int64_t end, c
       std::fill(table.begin(), table.end(), 0);
     }
   }
+}
+
+// The rank-th largest (from 1) of n keys in [low, high]; scratch has room for n.
+int32_t nth_largest(const int32_t* keys, int64_t n, int64_t rank, int32_t low, int32_t high, int32_t* scratch) {
+  constexpr int kBins = 512;
+  while (n > 32) {
+    int shift = 0;
+    while (uint32_t(high - low) >> shift >= kBins) ++shift;
+    uint32_t bins[kBins] = {};
+    for (int64_t i = 0; i < n; ++i) ++bins[uint32_t(high - keys[i]) >> shift];
+    int b = 0;
+    while (rank > bins[b]) rank -= bins[b++];
+    high -= b << shift;
+    if (shift == 0) return high;
+    low = std::max(low, high - int32_t((1u << shift) - 1));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t key = keys[i];
+      scratch[kept] = key;
+      kept += key >= low && key <= high;
+    }
+    n = kept, keys = scratch;
+  }
+  if (keys != scratch) std::copy_n(keys, n, scratch);
+  std::nth_element(scratch, scratch + rank - 1, scratch + n, std::greater<>());
+  return scratch[rank - 1];
 }
 
 int size_of_team(int64_t entries, int threads) { return entries < kParallelEntries ? 1 : threads; }
@@ -207,14 +234,13 @@ void Selection::sample(const TopkKernels& kernels, const Group& group, int64_t c
 
 // The rank-th largest of the keys that were found; rank becomes its rank among its equals.
 int32_t Selection::pick(const Scratch& scratch, int64_t num_chunks, int64_t size, int32_t low, int32_t high, int64_t* rank, int threads) {
-  if (size <= kDirect) {
-    int32_t keys[kDirect];
+  if (size <= kFew) {
+    int32_t keys[kFew], room[kFew];
     int64_t n = 0;
     for (int64_t i = 0; i < num_chunks; ++i) n = std::copy_n(scratch.found[i].keys, scratch.found[i].tally.between, keys + n) - keys;
-    int32_t* const nth = keys + *rank - 1;
-    std::nth_element(keys, nth, keys + n, std::greater<>());
-    *rank = 1 + std::count(keys, nth, *nth);  // those before it that are not greater
-    return *nth;
+    const int32_t key = nth_largest(keys, n, *rank, low, high, room);
+    for (int64_t i = 0; i < n; ++i) *rank -= keys[i] > key;
+    return key;
   }
   return narrow(low, high, rank, [&](int32_t top, int shift, std::vector<int64_t>* bins) {
     fill(bins, threads, 0, num_chunks, [&](int64_t i, uint32_t num_bins, uint32_t* table) {
@@ -241,25 +267,20 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
   int32_t low = kInfinityKey, high = kInfinityKey;
   const bool trivial = k == 0 || k == group.entries;  // still looked through for NaN
   bool count_ends = false;  // so many equals at the bracket's ends that they are counted, not collected
-  if (!trivial && group.entries <= kDirect) {
+  if (!trivial && group.entries <= kCollect) {
     low = -1, high = kInfinityKey + 1;  // collect all
   } else if (!trivial && method == TopkMethod::bracket) {
     const int64_t n = group.entries, size = n < (1 << 25) ? std::clamp<int64_t>(n / 32, 256, 1 << 15) : std::min<int64_t>(n / 1024, 1 << 20);
     std::vector<int32_t>& keys = scratch->keys;
-    keys.resize(size);
+    keys.resize(2 * size);
     sample(kernels, group, size, keys.data(), threads);
     const double p = double(k) / double(group.entries), rank = p * double(size);
     const double margin = 4 * std::sqrt(rank * (1 - p)) + 2;
-    auto begin = keys.begin();
-    const auto from_top = [&](double r) {  // the sample's r-th largest; r falls from call to call
-      const auto nth = keys.end() - int64_t(r);
-      std::nth_element(begin, nth, keys.end());
-      begin = nth;
-      return *nth;
-    };
+    const auto from_top = [&](double r) { return nth_largest(keys.data(), size, int64_t(r), 0, INT_MAX, keys.data() + size); };
     low = rank + margin < double(size) ? from_top(std::ceil(rank + margin)) : -1;
     high = rank - margin >= 1 ? std::min(from_top(std::floor(rank - margin)), kInfinityKey) : kInfinityKey;
-    const auto equal = std::count(keys.begin(), keys.end(), std::max(low, 0)) + std::count(keys.begin(), keys.end(), high);
+    int64_t equal = 0;
+    for (int64_t i = 0; i < size; ++i) equal += (keys[i] == std::max(low, 0)) + (keys[i] == high);
     count_ends = low >= high || equal > size / 64 + 8;
     if (count_ends) low = std::clamp(low, 0, high);
   }
@@ -312,7 +333,7 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
     if (overflow) {
       threshold = search(kernels, group, low + 1, high - count_ends, &ties, threads), recount = true;
     } else {
-      threshold = pick(*scratch, num_chunks, between, low + 1, high - count_ends, &ties, size_of_team(between, threads));
+      threshold = pick(*scratch, num_chunks, between, low + 1, high - count_ends, &ties, size_of_team(between / 4, threads));
     }
   } else if ((ties -= between) <= at_low) {
     threshold = low;
