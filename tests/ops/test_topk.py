@@ -296,6 +296,20 @@ def test_in_place(isa):
         assert pair[target]._version > before
 
 
+def test_denormal_differences_count_under_flush_denormal():
+    x = torch.randn(400, 300) * 1e-39
+    minus = x.roll(1, 0)
+    want = [topk_mask(x, 0.3, minus=minus), magnitude_prune(x, 0.3, minus=minus)]
+    try:
+        torch.set_flush_denormal(True)
+        got = [topk_mask(x, 0.3, minus=minus), magnitude_prune(x, 0.3, minus=minus)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert int(want[0].sum()) == 36_000
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(bits(got[1]), bits(want[1]))
+
+
 def test_shared_memory_is_refused():
     whole = torch.randn(3, 100)
     xs = [whole[0], whole[1]]
