@@ -115,6 +115,15 @@ struct Array {
   }
 };
 
+template <class T>
+T number(py::handle value, const char* what) {
+  try {
+    return py::cast<T>(value);
+  } catch (const py::cast_error&) {
+    throw py::type_error(std::string(what) + ", got " + std::string(py::repr(value)));
+  }
+}
+
 // fields: NumPy arrays (rows, weights or None, segment_starts, row_starts or None, row_pairs or None), int32 but for the
 // weights, float32; entries: sequences of (slot, weight).
 void fill_routing_py(const py::tuple& fields, const py::sequence& entries, const py::sequence& which, int64_t outer, int64_t inner) {
@@ -123,15 +132,18 @@ void fill_routing_py(const py::tuple& fields, const py::sequence& entries, const
       row_starts(fields[3], "row_starts"), row_pairs(fields[4], "row_pairs");
   const int64_t num_slots = starts.length - 1;
   if (num_slots < 0) fail("segment_starts: expected an element for each slot and one more");
+  constexpr int64_t most = INT32_MAX;
+  if (outer < 0 || inner < 0 || outer > most || inner > most || outer * inner > most)
+    fail("lead: expected two sizes from 0 whose product is below 2**31");
   std::vector<Entry> parsed;
   for (const py::handle entry : entries) {
     Entry pairs;
     for (const py::handle pair : py::reinterpret_borrow<py::sequence>(entry)) {
       const py::tuple two = py::cast<py::tuple>(pair);
-      const auto slot = py::cast<int64_t>(two[0]);
+      const auto slot = number<int64_t>(two[0], "entries: a slot is an integer");
       if (slot < 0 || slot >= num_slots)
         fail("entries: slot " + std::to_string(slot) + " is out of range, accepted are 0 to " + std::to_string(num_slots - 1));
-      pairs.emplace_back(int(slot), py::cast<float>(two[1]));
+      pairs.emplace_back(int(slot), number<float>(two[1], "entries: a weight is a number"));
     }
     std::sort(pairs.begin(), pairs.end());
     for (size_t i = 1; i < pairs.size(); ++i)
@@ -141,7 +153,7 @@ void fill_routing_py(const py::tuple& fields, const py::sequence& entries, const
   std::vector<int> chosen;
   int64_t num_pairs = 0;
   for (const py::handle k : which) {
-    const auto index = py::cast<int64_t>(k);
+    const auto index = number<int64_t>(k, "which: an index is an integer");
     if (index < 0 || index >= int64_t(parsed.size())) fail("which: entry " + std::to_string(index) + " does not exist");
     chosen.push_back(int(index));
     num_pairs += int64_t(parsed[index].size());
@@ -192,10 +204,13 @@ bool apply(py::handle y, py::handle x, py::handle buffers, const py::object& rou
 // where multi_lora would decline and where the rows are not the routing's.
 bool multi_lora_eager(py::handle out, py::handle x, py::handle buffers, py::handle routing) {
   if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
-  const TensorView v = view(x, "x");
+  TensorView v;
+  if (!try_view(x, &v)) return false;
   int64_t rows = 1;
   for (int i = 0; i + 1 < v.ndim; ++i) rows *= v.shape[i];
-  if (rows != PyLong_AsLongLong(get(routing, names.num_rows).ptr())) return false;
+  const int64_t want = PyLong_AsLongLong(get(routing, names.num_rows).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (rows != want) return false;
   return apply(out, x, buffers, get(routing, names.tensors));
 }
 
@@ -206,8 +221,8 @@ bool serve(py::handle y, py::handle x, py::handle local, py::handle buffers) {
   const py::object cache = get(local, names.cache);
   // routings made for a forward have no weights that want a gradient
   if (!PyDict_CheckExact(cache.ptr()) || !may_bypass(x, y, py::none(), true)) return false;
-  const TensorView xv = view(x, "x"), yv = view(y, "y");
-  if (!xv.on_cpu || !same(xv.dtype, yv.dtype) || xv.ndim < 1) return false;
+  TensorView xv, yv;
+  if (!try_view(x, &xv) || !try_view(y, &yv) || !xv.on_cpu || !same(xv.dtype, yv.dtype) || xv.ndim < 1) return false;
   const py::tuple lead(xv.ndim - 1);
   for (int i = 0; i + 1 < xv.ndim; ++i) PyTuple_SET_ITEM(lead.ptr(), i, PyLong_FromLongLong(xv.shape[i]));
   const py::object routing = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(cache.ptr(), lead.ptr()));

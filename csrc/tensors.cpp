@@ -69,6 +69,16 @@ TensorView view(py::handle t, const char* name) {
   return v;
 }
 
+bool try_view(py::handle t, TensorView* v) {
+  try {
+    *v = view(t, "");
+    return true;
+  } catch (const py::builtin_exception&) {
+  } catch (const py::error_already_set&) {
+  }
+  return false;
+}
+
 // Tensors may claim elements and own no memory: freed storages, torch's zero tensors.
 void expect_memory(const TensorView& v, const char* name) {
   bool empty = false;
@@ -100,7 +110,7 @@ bool collapse(const TensorView& v, Rows* out) {
   for (int i = last - 1; i >= 0; --i) {
     if (v.shape[i] == 1) continue;
     if (first) out->stride = v.strides[i], first = false;
-    else if (v.shape[i] != 0 && v.strides[i] != out->stride * out->rows) return false;
+    else if (v.shape[i] != 0 && out->rows != 0 && v.strides[i] != out->stride * out->rows) return false;
     out->rows *= v.shape[i];
   }
   return true;

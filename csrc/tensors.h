@@ -38,6 +38,7 @@ inline bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.co
 bool use_exchange_api(pybind11::object capsule);
 
 TensorView view(pybind11::handle t, const char* name);   // any device
+bool try_view(pybind11::handle t, TensorView* v);         // false where view() throws: sparse, meta, more than 8 dimensions
 void expect_memory(const TensorView& v, const char* name);
 TensorView host(pybind11::handle t, const char* name);   // refuses other devices and tensors without memory
 void expect_vector(const TensorView& v, const char* name, dlpack::DataType dtype, const char* dtype_name, int64_t length);

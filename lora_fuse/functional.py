@@ -12,7 +12,7 @@ from lora_fuse._cpu import multi_lora_eager as _multi_lora_eager
 from lora_fuse._cpu import sparse_delta_linear_eager as _sparse_delta_linear_eager
 from lora_fuse.ops import multi_lora as _op
 from lora_fuse.ops import sparse_delta as _sparse_op
-from lora_fuse.ops.eager import under_transform
+from lora_fuse.ops.eager import autocasts, under_transform
 from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
 from lora_fuse.ops.topk import magnitude_prune, sparsify, topk_mask
 
@@ -66,6 +66,8 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
 
 
 def _refuse_rows(x: Tensor, routing: Routing) -> None:
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., in_features], got a tensor without dimensions")
     rows = x.shape[:-1].numel()
     if rows != routing.num_rows:
         raise ValueError(f"x: shape {list(x.shape)} has {rows} rows, the routing is for {routing.num_rows}")
@@ -75,9 +77,8 @@ def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None
     """Through torch's dispatcher: autograd, transforms, modes, tracing, other devices and dtypes."""
     _check_call(x, routing, out)
     pool_a, pool_b, slot_rank, slot_scaling = pool.tensors
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
-        dtype = torch.get_autocast_dtype(device)
+    if autocasts(x) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
     args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors)
     if out is None:

@@ -158,8 +158,15 @@ class Routing:
         """
         outer, inner = lead
         lengths = [len(entry) for entry in entries]
-        num_pairs = sum([lengths[k] for k in which]) * outer * inner
+        try:
+            num_pairs = sum([lengths[k] for k in which]) * outer * inner
+        except IndexError:
+            raise ValueError(f"which: got {list(which)}, accepted are 0 to {len(entries) - 1}") from None
         num_rows = len(which) * outer * inner
+        if min(lead) < 0 or max(num_pairs, num_rows) >= 2**31:
+            raise ValueError(
+                f"lead: {lead} makes {num_rows} rows and {num_pairs} pairs, accepted are 0 to 2**31 - 1 of each"
+            )
         weighted = [1 for entry in entries for _, weight in entry if weight != 1.0]
         mixed = max(lengths, default=0) > 1
         arrays = (

@@ -50,12 +50,18 @@ def attach(
     lm_head) is adapted alone, since the weight is not touched. Factors are stored in the dtype of the weight they
     belong to.
 
+    Limits: what ``checkpoint(model, ..., use_reentrant=True)`` runs again in the backward sees the selection of that
+    moment, not the forward's (inside the model, or with ``use_reentrant=False``, it sees the forward's).
+    ``torch.jit.trace`` is refused, since a trace would keep one selection for good.
+
     Args:
         model: the outermost module, the one whose forward is called. Selections belong to it.
         adapters: name -> ``LoraAdapter``, or whatever ``load_adapter`` takes. May be empty.
         num_slots: how many adapters may be attached at once; default ``max(8, number given)``.
         max_rank: largest rank that will fit; default the largest present.
-        batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``.
+        batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``. A layer whose input has another
+            axis there is refused, but ``[seq, batch, features]`` with ``seq == batch`` looks like a batch-first input:
+            such a model needs ``batch_dim=1``, or its rows get each other's adapters.
     Returns:
         ``model``.
     Raises:

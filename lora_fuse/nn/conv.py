@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_fuse.functional import multi_lora
 from lora_fuse.nn.linear import AdaptedModule, add_bias, pair_slots, rebuildable
 from lora_fuse.nn.traced import traced_routing
+from lora_fuse.ops.eager import autocasts
 
 
 def _columns(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def _add_positions(layer: AdaptedModule, y: Tensor, x: Tensor) -> Tensor:
         if routing is None:
             return y
     columns = _columns(cast(nn.Conv2d, layer), x).contiguous().neg()  # y - (-delta), see linear._negated
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         columns = columns.to(pool.pool_a.device, pool.pool_a.dtype)
     weights: Tensor | None
     if routing is None:

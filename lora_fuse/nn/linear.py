@@ -15,7 +15,7 @@ from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.traced import traced_routing
-from lora_fuse.ops.eager import under_transform
+from lora_fuse.ops.eager import autocasts, under_transform
 
 
 def add_lora(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing, fresh: bool) -> Tensor:
@@ -43,7 +43,7 @@ def pair_slots(segment_starts: Tensor, rows: Tensor) -> Tensor:
 def _negated(x: Tensor, y: Tensor, pool: AdapterPool, routing: Routing) -> Tensor:
     """Minus the LoRA part. ``y - 0.0`` has the bits of ``y`` even where that is -0.0; ``y + 0.0`` has not."""
     x = x.neg()
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         x = x.to(pool.pool_a.device, pool.pool_a.dtype)
     return multi_lora(x, pool, routing).to(y.device, y.dtype)
 

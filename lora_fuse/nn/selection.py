@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.nn.leases import SlotLease
+from lora_fuse.ops.eager import passing_tensors
 
 Entry = tuple[tuple[str, float], ...]  # (name, weight) pairs; () is the base model
 EntryLike: TypeAlias = str | Mapping[str, float] | None
@@ -268,6 +269,8 @@ class Snapshot:
 
     @staticmethod
     def _keep(cache: dict[Any, Routing | None], key: Any, routing: Routing | None) -> None:
+        if routing is not None and passing_tensors():
+            return
         if len(cache) >= _MAX_CACHED:
             cache.clear()
         cache[key] = routing

@@ -157,6 +157,12 @@ class Serving:
 
     def _ambient(self) -> tuple[Snapshot, int | None]:
         """The snapshot that a forward starting now on this thread takes, and its sequence length if that is known."""
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace cannot record a model with adapters attached: the trace would keep this selection and "
+                "these sizes for good; use torch.compile or torch.export, or detach(), fuse() an adapter into the "
+                "weights and trace that"
+            )
         local = self.local
         backward = local.backward
         if backward is not None:

@@ -73,7 +73,8 @@ def target_of(module: nn.Module, path: str, parent: nn.Module | None) -> Target 
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     if conv1d is not None and isinstance(module, conv1d):
         in_features, out_features = module.weight.shape
-        adapted = wrapped_class(WrappedLinear, type(module), fresh=not hooked)
+        fresh = not hooked and type(module).forward is conv1d.forward  # a forward of another's may return what it keeps
+        adapted = wrapped_class(WrappedLinear, type(module), fresh=fresh)
         return Target("linear", (out_features, in_features), adapted)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not all(isinstance(size, int) for size in sizes):

@@ -37,6 +37,16 @@ _cpu.set_eager_queries(
 )
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; torch raises for devices that it knows no autocast of."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def passing_tensors() -> bool:
+    """True where a new tensor may be a wrapper that does not outlive a dispatch mode or a functorch transform."""
+    return bool(_C._len_torch_dispatch_stack()) or _functorch_level() is not None
+
+
 def under_transform() -> bool:
     """True inside a functorch transform or a forward-mode AD level, outside compiled code."""
     return not _compiling() and (_functorch_level() is not None or _forward_ad._current_level >= 0)

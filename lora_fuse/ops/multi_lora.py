@@ -25,6 +25,8 @@ def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
     pool, routing = args[:4], args[4:]
     if x.is_conj() or x.is_neg():
         x = x.resolve_conj().resolve_neg()
+    if x.dim() > 8:  # more than C++ reads
+        out, x = out.view(out.shape[:-1].numel(), out.shape[-1]), x.flatten(0, -2)
     threads = torch.get_num_threads()
     if _cpu.multi_lora(out, x, pool, routing, threads):
         return
@@ -46,6 +48,8 @@ def _check(
     """What the kernels check in C++, for those who have none; index_add checks the values of ``rows``."""
     pool_a, pool_b, slot_rank, slot_scaling = pool
     num_slots, num_pairs = slot_rank.shape[0], rows.shape[0]
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
     if not (x.dtype.is_floating_point or x.dtype.is_complex) or x.dtype != out.dtype:
         raise ValueError(f"x, out: dtypes {x.dtype} and {out.dtype}, accepted is one floating dtype for both")
     if pool_a.dim() != 2 or pool_b.dim() != 2 or pool_a.shape[0] != pool_b.shape[0]:

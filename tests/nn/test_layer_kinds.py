@@ -152,6 +152,23 @@ def test_conv1d_of_transformers() -> None:
     assert type(twin[0]) is conv1d
 
 
+def test_conv1d_with_a_forward_of_its_own_keeps_what_it_returns() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    class Caching(conv1d):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = super().forward(x)
+            return self.last
+
+    bare = nn.Sequential(Caching(8, 12)).requires_grad_(False)
+    model = lf.attach(copy.deepcopy(bare), {"a": LoraAdapter({"0": linear_layer(bare[0], 2)})})
+    x = torch.randn(4, 12)
+    with lf.use_adapters(model, "a"):
+        got = model(x)
+    assert torch.equal(model[0].last, bare(x))
+    assert not torch.allclose(got, bare(x))
+
+
 class Int8Linear(nn.Module):
     """A quantised base: no floating weight, a forward of its own."""
 

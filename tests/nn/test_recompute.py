@@ -9,7 +9,10 @@ import pytest
 import torch
 from nn_models import Mlp, adapted_copy, adapter
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fuse as lf
 
@@ -150,6 +153,39 @@ def test_a_failed_backward_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         y.sum().backward()
     assert torch.equal(model.first(x), bare.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", ["grad", "jvp", "vmap", "functionalize", "fake", "flops", "make_fx"])
+def test_transforms_and_modes_leave_no_tensors_of_theirs_behind(how: str) -> None:
+    """The first forward of a selection builds its routing; one built under a transform must not be kept."""
+    bare = Mlp().requires_grad_(False)
+    model = lf.attach(copy.deepcopy(bare), {"a": adapter(bare, ["up", "down"], 3)})
+    x = torch.randn(3, 24)
+    lf.set_adapters(model, "a")
+    want = model(x)
+    lf.set_adapters(model, "a")  # forgets
+    if how == "grad":
+        torch.func.grad(lambda t: model(t).sum())(x)
+    elif how == "jvp":
+        torch.func.jvp(model, (x,), (x,))
+    elif how == "vmap":
+        torch.func.vmap(model)(x[None])
+    elif how == "functionalize":
+        with pytest.raises(RuntimeError, match="NYI"):  # torch's, of any autograd.Function
+            torch.func.functionalize(model)(x)
+    elif how == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(x)).shape == want.shape
+    elif how == "flops":
+        with FlopCounterMode(display=False):
+            assert torch.equal(model(x), want)
+    else:
+        make_fx(model)(x)
+    for _ in range(2):
+        assert torch.equal(model(x), want)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's word on vmap over an op without a rule

@@ -123,5 +123,19 @@ def test_from_samples_checks_slots(entries: Any, which: list[int], message: str)
 
 
 def test_from_samples_checks_which() -> None:
-    with pytest.raises(IndexError):
-        Routing.from_samples([((0, 1.0),)], [1], (1, 1), 3)
+    for which in (1, -1):
+        with pytest.raises(ValueError, match=f"which: .*{which}"):
+            Routing.from_samples([((0, 1.0),)], [which], (1, 1), 3)
+
+
+@pytest.mark.parametrize("lead", [(-1, 1), (-1, -1), (2**31, 1), (2**33, 2**31), (2**40, 0)], ids=str)
+def test_from_samples_checks_sizes(lead: tuple[int, int]) -> None:
+    for entry in ((), ((0, 1.0),)):
+        with pytest.raises(ValueError, match=r"^lead: "):
+            Routing.from_samples([entry], [0], lead, 3)
+
+
+@pytest.mark.parametrize("pair", [(0.5, 1.0), ("a", 1.0), (0, "a")], ids=str)
+def test_from_samples_checks_types(pair: Any) -> None:
+    with pytest.raises(TypeError, match=r"entries: a .* is a"):
+        Routing.from_samples([(pair,)], [0], (1, 1), 3)

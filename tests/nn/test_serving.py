@@ -364,6 +364,42 @@ def test_an_interrupted_forward_leaves_nothing_behind(bare: Mlp) -> None:
         lf.swap_adapter(model, "sql", LoraAdapter({"up": linear_layer(bare.up, 2)}), timeout=0.5)
 
 
+@pytest.mark.parametrize("entry", [None, "sql", ["sql", None, "math"]], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_shapes_on_the_meta_device(model: Mlp, entry: Any, grad: bool) -> None:
+    twin = copy.deepcopy(model).to("meta")
+    lf.set_adapters(twin, entry)
+    with torch.set_grad_enabled(grad):
+        y = twin(torch.empty(3, 7, 24, device="meta"))
+    assert (y.shape, y.device.type) == ((3, 7, 10), "meta")
+
+
+def test_inputs_without_a_plain_view(model: Mlp, bare: Mlp, adapters: Any) -> None:
+    """Other layouts run as in the bare model while nothing is selected; ten dimensions run with adapters too."""
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        assert torch.equal(model(x.to_mkldnn()).to_dense(), bare(x.to_mkldnn()).to_dense())
+        many = torch.randn(3, 1, 1, 2, 1, 1, 1, 1, 1, 24)
+        want = per_row(bare, adapters, ["sql", None, "math"], many)
+        with lf.use_adapters(model, ["sql", None, "math"]):
+            torch.testing.assert_close(model(many), want, rtol=1e-5, atol=1e-5)
+            assert model(torch.zeros(1, 0, 24).expand(3, 0, 24)).shape == (3, 0, 10)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("entry", [None, "sql"])
+def test_jit_trace_is_refused(model: Mlp, entry: Any) -> None:
+    lf.set_adapters(model, entry)
+    x = torch.randn(3, 24)
+    for traced in (model, model.up):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot .* use torch\.compile"):
+            torch.jit.trace(traced, x)
+    want = model(x)
+    lf.detach(model)
+    if entry is None:
+        assert torch.equal(torch.jit.trace(model, x)(x), want)
+
+
 def test_negative_zero_of_a_base_row_keeps_its_sign() -> None:
     class NegativeZero(nn.Module):
         in_features = out_features = 2

@@ -136,6 +136,23 @@ def test_leading_dimensions_are_rows(isa, shape):
         assert torch.equal(multi_lora(swapped, pool, routing), multi_lora(swapped.contiguous(), pool, routing))
 
 
+def test_many_dimensions(isa):
+    """Beyond the eight that C++ reads."""
+    pool, routing = make_pool(2, 4, 24, 40, torch.float32), Routing.from_slots(torch.arange(30) % 3 - 1, 2)
+    x = torch.randn(2, 1, 3, 1, 1, 1, 1, 5, 1, 24)
+    want = multi_lora(x.view(30, 24), pool, routing)
+    assert torch.equal(multi_lora(x, pool, routing).view(30, 40), want)
+    out = torch.zeros(*x.shape[:-1], 40)
+    multi_lora(x, pool, routing, out=out)
+    assert torch.equal(out.view(30, 40), want)
+
+
+def test_empty_expanded_rows(isa):
+    pool, routing = make_pool(2, 4, 24, 40, torch.float32), Routing.from_slots(torch.zeros(0, dtype=torch.long), 2)
+    x = torch.zeros(1, 0, 24).expand(3, 0, 24)
+    assert multi_lora(x, pool, routing).shape == (3, 0, 40)
+
+
 def test_strided_out(isa):
     pool = make_pool(2, 4, 24, 40, torch.float32)
     x, routing = torch.randn(20, 24), Routing.from_slots(torch.arange(20) % 2, 2)

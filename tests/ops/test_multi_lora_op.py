@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import make_pool, routing_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fuse import functional
+from lora_fuse import _cpu, functional
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
@@ -374,6 +376,22 @@ class TestBadInput:
         refuse("rows, weights: accepted is one entry", weights=torch.ones(3))
         with pytest.raises(ValueError, match="different numbers of rows"):
             multi_lora(x, make_pool(3, 4, 20, 12, torch.float64), self.routing, out=torch.zeros(4, 12).double())
+
+    def test_no_dimensions(self):
+        one = Routing.from_slots(torch.tensor([1]), 3)
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(ValueError, match=r"x: expected \[..., in_features\]"):
+                multi_lora(torch.tensor(1.0, dtype=dtype), self.pool, one)
+
+    def test_layouts(self):
+        for x in (self.x.to_sparse(), self.x.to_mkldnn()):
+            with pytest.raises(TypeError, match="x: expected a strided tensor, got layout"):
+                multi_lora(x, self.pool, self.routing)
+
+    def test_number_of_rows_that_is_none(self):
+        routing = replace(self.routing, num_rows=5.0)
+        with pytest.raises(TypeError, match="integer"):
+            _cpu.multi_lora_eager(torch.zeros(5, 12), self.x, self.pool._buffers, routing)
 
     def test_no_memory(self):
         """Tensors that claim elements and own none."""
