@@ -22,8 +22,11 @@ namespace lora_fuse {
 namespace {
 
 constexpr int64_t kParallelEntries = 1 << 15;  // fewer are not worth a second thread
-constexpr int64_t kFew = 4096;                 // keys that are not worth a parallel histogram
+constexpr int64_t kFew = 4096;                 // collected keys that fit on the stack
 constexpr int64_t kCollect = 1024;             // entries of a group that are all collected, without a sample
+// Sampled or collected keys below which no team is called: it would save a fraction of a millisecond, and where others
+// use the cores too, each wait for it costs several.
+constexpr int64_t kSerial = 1 << 20;
 constexpr int64_t kBlock = 1 << 16;            // keys of a block of the arena
 constexpr int64_t kMaxFound = 1 << 23;         // keys collected at once by all threads: 32 MB
 constexpr int64_t kPastCaches = 8 << 20;       // bytes of output that are not worth a place in the caches
@@ -288,7 +291,7 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
     const int64_t n = group.entries, size = n < (1 << 25) ? std::clamp<int64_t>(n / 32, 256, 1 << 15) : std::min<int64_t>(n / 1024, 1 << 20);
     std::vector<int32_t>& keys = scratch->keys;
     keys.resize(2 * size);
-    sample(kernels, group, size, keys.data(), threads);
+    sample(kernels, group, size, keys.data(), size < kSerial ? 1 : threads);
     const double p = double(k) / double(group.entries), rank = p * double(size);
     const double margin = 4 * std::sqrt(rank * (1 - p)) + 2;
     const auto from_top = [&](double r) { return nth_largest(keys.data(), size, int64_t(r), 0, INT_MAX, keys.data() + size); };
@@ -348,7 +351,7 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
     if (overflow) {
       threshold = search(kernels, group, low + 1, high - count_ends, &ties, threads), recount = true;
     } else {
-      threshold = pick(*scratch, num_chunks, between, low + 1, high - count_ends, &ties, size_of_team(between / 4, threads));
+      threshold = pick(*scratch, num_chunks, between, low + 1, high - count_ends, &ties, between < kSerial ? 1 : threads);
     }
   } else if ((ties -= between) <= at_low) {
     threshold = low;
