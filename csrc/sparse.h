@@ -40,7 +40,7 @@ struct SparseDelta {
 
 // Floats of scratch that a thread needs, for slots of at most max_pairs pairs.
 inline int64_t sparse_scratch(int64_t in_features, int64_t max_pairs) {
-  return (in_features + 1) * (max_pairs > 8 ? 16 : max_pairs > 4 ? 8 : 4) + 16;
+  return (in_features + 1) * (max_pairs > 16 ? 32 : max_pairs > 8 ? 16 : max_pairs > 4 ? 8 : 4) + 16;
 }
 
 // Entries of a matrix with `cols` columns, by rows; columns rise within a row. One of columns and bitmap is null.

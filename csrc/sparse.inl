@@ -10,6 +10,9 @@
 
 constexpr int SPARSE_BLOCK = 32;  // entries of an output that are summed before the sum joins its total: short chains
 
+// Of one row's sums over a strip: a place more for the lanes of a last slice that are nobody's, and whole cache lines.
+constexpr int SUMS_STRIDE = kStrip + 16;
+
 template <int N>
 struct Lanes {
   typedef float type __attribute__((vector_size(4 * N)));
@@ -59,7 +62,7 @@ const float* as_floats(const T* values, int n, float* buffer) {  // n is a multi
   return buffer;
 }
 
-inline void transpose(vf (&t)[W]) {  // log2(W) rounds of interleaving halves
+inline __attribute__((always_inline)) void transpose(vf (&t)[W]) {  // log2(W) rounds of interleaving halves
 #if LF_WIDTH == 16
   const vi lo = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   const vi hi = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -68,12 +71,15 @@ inline void transpose(vf (&t)[W]) {  // log2(W) rounds of interleaving halves
 #else
   const vi lo = {0, 4, 1, 5}, hi = {2, 6, 3, 7};
 #endif
+#pragma GCC unroll 4
   for (int n = 1; n < W; n *= 2) {
     vf u[W];
+#pragma GCC unroll 16
     for (int i = 0; i < W / 2; ++i) {
       u[2 * i] = __builtin_shuffle(t[i], t[i + W / 2], lo);
       u[2 * i + 1] = __builtin_shuffle(t[i], t[i + W / 2], hi);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) t[i] = u[i];
   }
 }
@@ -83,26 +89,32 @@ inline void transpose(vf (&t)[W]) {  // log2(W) rounds of interleaving halves
 // sums[order[lane]][i] = sum over the lane's entries of value * xt[column][i], G rows i.
 template <int G, class T, class C>
 void slice_rows(const T* values, const C* columns, int64_t steps, const float* xt, const uint8_t* order, float* sums) {
-  using V = typename Lanes<G>::type;
-  using Mem = typename Lanes<G>::mem;
+  constexpr int N = G < W ? G : W, H = G / N;  // H vectors of N rows
+  using V = typename Lanes<N>::type;
+  using Mem = typename Lanes<N>::mem;
   alignas(64) float buffer[SPARSE_BLOCK * kLanes];
-  V total[kLanes] = {};
+  V total[kLanes][H] = {};
   for (int64_t s0 = 0; s0 < steps; s0 += SPARSE_BLOCK) {
     const int n = int(steps - s0 < SPARSE_BLOCK ? steps - s0 : SPARSE_BLOCK);
     const float* v = as_floats(values + s0 * kLanes, n * kLanes, buffer);
     const C* c = columns + s0 * kLanes;
-    V acc[kLanes] = {};
+    V acc[kLanes][H] = {};
     for (int s = 0; s < n; ++s, v += kLanes, c += kLanes)
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l)
-        acc[l] += (v[l] - V{}) * *reinterpret_cast<const Mem*>(xt + int64_t(uint32_t(c[l])) * G);
-    for (int l = 0; l < kLanes; ++l) total[l] += acc[l];
+      for (int l = 0; l < kLanes; ++l) {
+        const float* const x = xt + int64_t(uint32_t(c[l])) * G;
+#pragma GCC unroll 2
+        for (int h = 0; h < H; ++h) acc[l][h] += (v[l] - V{}) * *reinterpret_cast<const Mem*>(x + h * N);
+      }
+    for (int l = 0; l < kLanes; ++l)
+      for (int h = 0; h < H; ++h) total[l][h] += acc[l][h];
   }
-  for (int l = 0; l < kLanes; ++l) *reinterpret_cast<Mem*>(sums + int64_t(order[l]) * G) = total[l];
+  for (int l = 0; l < kLanes; ++l)
+    for (int h = 0; h < H; ++h) *reinterpret_cast<Mem*>(sums + int64_t(order[l]) * G + h * N) = total[l][h];
 }
 
 #if LF_WIDTH == 16
-// As slice_rows for one row (x: floats) or, in bf16, two (x: pairs, row 0 in the low half); sums[i * (kStrip + 1) + output].
+// As slice_rows for one row (x: floats) or, in bf16, two (x: pairs, row 0 in the low half); sums[i * SUMS_STRIDE + output].
 static_assert(kLanes == 8, "a gather brings eight columns");
 inline __m256i eight(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline __m256i eight(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -133,14 +145,15 @@ void slice_gather(const T* values, const C* columns, int64_t steps, const float*
   alignas(32) float out[2][kLanes];
   _mm256_store_ps(out[0], total0), _mm256_store_ps(out[1], total1);
   for (int i = 0; i < (PAIRS ? 2 : 1); ++i)
-    for (int l = 0; l < kLanes; ++l) sums[i * (kStrip + 1) + order[l]] = out[i][l];
+    for (int l = 0; l < kLanes; ++l) sums[i * SUMS_STRIDE + order[l]] = out[i][l];
 }
 #endif
 
 // ---- a call ----
 
 // How a group of rows is taken: the lanes of slice_rows, or a gather.
-enum GroupKind { GATHER_ONE = 1, GATHER_PAIR = 2, ROWS_4 = 4, ROWS_8 = 8, ROWS_16 = 16 };
+enum GroupKind { GATHER_ONE = 1, GATHER_PAIR = 2, ROWS_4 = 4, ROWS_8 = 8, ROWS_16 = 16, ROWS_32 = 32 };
+constexpr int MOST_ROWS = LF_WIDTH == 16 ? 32 : LF_WIDTH;  // of a group: what the registers hold
 
 template <class T>
 int group_kind(int rows) {
@@ -148,11 +161,11 @@ int group_kind(int rows) {
   if (rows == 1) return GATHER_ONE;
   if (rows == 2 && std::is_same_v<T, bf16>) return GATHER_PAIR;
 #endif
-  return rows <= 4 || W == 4 ? ROWS_4 : rows <= 8 || W == 8 ? ROWS_8 : ROWS_16;
+  return rows <= 4 || W == 4 ? ROWS_4 : rows <= 8 || W == 8 ? ROWS_8 : rows <= 16 ? ROWS_16 : ROWS_32;
 }
 
 // Relative time of an entry, for sharing out work.
-inline int64_t group_cost(int kind) { return kind <= GATHER_PAIR ? 2 : 3; }
+inline int64_t group_cost(int kind) { return kind <= GATHER_PAIR ? 2 : kind < ROWS_32 ? 4 : 6; }
 
 template <class T>
 struct SparseCall {
@@ -170,7 +183,7 @@ struct SparseCall {
   // x of pairs [begin, begin + m) as the kind wants it, and zeros for the padding's column.
   void lay_out(int kind, int begin, int m, float* xt) const {
     const int64_t cols = p.x.cols;
-    const T* x[16];
+    const T* x[MOST_ROWS];
     for (int i = 0; i < m; ++i) x[i] = p.x.row(p.routing.rows[begin + i]);
     if (kind == GATHER_ONE) {
       for (int64_t c = 0; c < cols; c += W) store_part(xt + c, load_part(x[0] + c, cols - c), cols - c);
@@ -187,17 +200,19 @@ struct SparseCall {
       return;
     }
     const int g = kind;
-    for (int64_t c = 0; c < cols; c += W) {
-      const int64_t width = cols - c < W ? cols - c : W;
-      vf t[W] = {};
-      for (int i = 0; i < m; ++i) t[i] = load_part(x[i] + c, width);
-      transpose(t);
-      if (g == W) {
-        for (int k = 0; k < width; ++k) store_linear(xt + (c + k) * W, t[k]);
-      } else {
-        for (int k = 0; k < width; ++k) __builtin_memcpy(xt + (c + k) * g, &t[k], g * sizeof(float));
+    for (int first = 0; first < m; first += W)
+      for (int64_t c = 0; c < cols; c += W) {
+        const int width = int(cols - c < W ? cols - c : W);
+        vf t[W] = {};
+        for (int i = 0; i < W && first + i < m; ++i) t[i] = load_part(x[first + i] + c, width);
+        transpose(t);
+        float* const to = xt + c * g + first;
+        if (g >= W) {
+          for (int k = 0; k < width; ++k) store_linear(to + k * g, t[k]);
+        } else {
+          for (int k = 0; k < width; ++k) __builtin_memcpy(to + k * g, &t[k], g * sizeof(float));
+        }
       }
-    }
     for (int i = 0; i < g; ++i) xt[cols * g + i] = 0.0f;
   }
 
@@ -213,8 +228,8 @@ struct SparseCall {
   template <class C>
   void strips_of(int kind, int slot, int begin, int m, int64_t strip0, int64_t strip1, const float* xt) const {
     const PackedSparse& u = p.slots[slot];
-    constexpr int LD = kStrip + 1;  // one more for the lanes of a last slice that are nobody's
-    alignas(64) float sums[LD * 16], by_row[16 * LD + W];
+    constexpr int LD = SUMS_STRIDE;
+    alignas(64) float sums[(kStrip + 1) * MOST_ROWS], by_row[MOST_ROWS * LD];
     for (int64_t strip = strip0; strip < strip1; ++strip) {
       const int64_t o = strip * kStrip;
       const int width = int(p.y.cols - o < kStrip ? p.y.cols - o : kStrip);
@@ -229,6 +244,7 @@ struct SparseCall {
           case GATHER_PAIR:
             if constexpr (std::is_same_v<T, bf16>) slice_gather<true>(values, columns, steps, xt, order, by_row);
             break;
+          case ROWS_32: slice_rows<32>(values, columns, steps, xt, order, sums); break;
           case ROWS_16: slice_rows<16>(values, columns, steps, xt, order, sums); break;
 #endif
 #if LF_WIDTH >= 8
@@ -244,17 +260,19 @@ struct SparseCall {
 
   // by_row[i][o] = sums[o][i]
   static void rows_of(const float* sums, int g, int m, int width, float* by_row, int64_t ld) {
-    if (g != W) {
+    if (g < W) {
       for (int i = 0; i < m; ++i)
         for (int o = 0; o < width; ++o) by_row[i * ld + o] = sums[o * g + i];
       return;
     }
-    for (int o = 0; o < width; o += W) {
-      vf t[W];
-      for (int k = 0; k < W; ++k) t[k] = *reinterpret_cast<const vf_mem*>(sums + (o + k) * W);
-      transpose(t);
-      for (int i = 0; i < m; ++i) store_linear(by_row + i * ld + o, t[i]);
-    }
+    for (int first = 0; first < m; first += W)
+      for (int o = 0; o < width; o += W) {
+        vf t[W];
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) t[k] = *reinterpret_cast<const vf_mem*>(sums + (o + k) * g + first);
+        transpose(t);
+        for (int i = 0; i < W && first + i < m; ++i) store_linear(by_row + (first + i) * ld + o, t[i]);
+      }
   }
 
   // weight * (sums + bias) into y, or into the row's total where it has several pairs.
@@ -281,14 +299,13 @@ struct SparseCall {
 
   bool used(int slot) const { return p.slots[slot].values || p.slots[slot].bias; }
 
-  // f(slot, first pair, pairs, cost of an entry) for every group of rows.
+  // f(slot, first pair, pairs) for every group of rows.
   template <class F>
   void groups(const F& f) const {
-    const int most = W < 16 ? W : 16;
     for (int s = 0; s < p.routing.num_slots; ++s) {
       if (!used(s)) continue;
-      for (int q = p.routing.starts[s]; q < p.routing.starts[s + 1]; q += most) {
-        const int m = p.routing.starts[s + 1] - q < most ? p.routing.starts[s + 1] - q : most;
+      for (int q = p.routing.starts[s]; q < p.routing.starts[s + 1]; q += MOST_ROWS) {
+        const int m = p.routing.starts[s + 1] - q < MOST_ROWS ? p.routing.starts[s + 1] - q : MOST_ROWS;
         f(s, q, m);
       }
     }

@@ -25,6 +25,60 @@ void write_columns(const SparseWrite& p, int64_t row0, int64_t row1) {
   }
 }
 
+// Columns [c, cols) of a row by their bits, entries from i on; the place after the last.
+template <class E>
+int64_t write_bits(const uint8_t* bits, E* row, int64_t c, int64_t cols, const E* values, E* saved, int64_t i) {
+  for (; c < cols; c += 64) {
+    uint64_t word;
+    __builtin_memcpy(&word, bits + c / 8, 8);
+    for (; word; word &= word - 1, ++i) exchange(row + c + __builtin_ctzll(word), values, saved, i);
+  }
+  return i;
+}
+
+#if LF_WIDTH == 16
+// Whole vectors of a row: kept entries are compressed out and values expanded in. c: where the next column is.
+inline int64_t write_vectors(const uint8_t* bits, uint32_t* row, int64_t* c, int64_t cols, const uint32_t* values, uint32_t* saved, int64_t i) {
+  for (; *c + 64 <= cols; *c += 64)
+    for (int part = 0; part < 64; part += 16) {
+      uint16_t mask;
+      __builtin_memcpy(&mask, bits + (*c + part) / 8, 2);
+      uint32_t* const at = row + *c + part;
+      const int kept = __builtin_popcount(mask);
+      const __m512i w = _mm512_loadu_si512(at);
+      const __mmask16 low = __mmask16((1u << kept) - 1);
+      if (saved) _mm512_mask_storeu_epi32(saved + i, low, _mm512_maskz_compress_epi32(mask, w));
+      if (values) _mm512_storeu_si512(at, _mm512_mask_expandloadu_epi32(w, mask, values + i));
+      i += kept;
+    }
+  return i;
+}
+
+__attribute__((target("avx512vbmi2"))) inline int64_t write_vectors(const uint8_t* bits, uint16_t* row, int64_t* c, int64_t cols,
+                                                                     const uint16_t* values, uint16_t* saved, int64_t i) {
+  for (; *c + 64 <= cols; *c += 64)
+    for (int part = 0; part < 64; part += 32) {
+      uint32_t mask;
+      __builtin_memcpy(&mask, bits + (*c + part) / 8, 4);
+      uint16_t* const at = row + *c + part;
+      const int kept = __builtin_popcount(mask);
+      const __m512i w = _mm512_loadu_si512(at);
+      const __mmask32 low = __mmask32((uint64_t(1) << kept) - 1);
+      if (saved) _mm512_mask_storeu_epi16(saved + i, low, _mm512_maskz_compress_epi16(mask, w));
+      if (values) _mm512_storeu_si512(at, _mm512_mask_expandloadu_epi16(w, mask, values + i));
+      i += kept;
+    }
+  return i;
+}
+
+inline int64_t write_vectors(const uint8_t*, uint64_t*, int64_t*, int64_t, const uint64_t*, uint64_t*, int64_t i) { return i; }
+
+inline bool has_vbmi2() {
+  static const bool has = __builtin_cpu_supports("avx512vbmi2") != 0;
+  return has;
+}
+#endif
+
 template <class E>
 void write_bitmap(const SparseWrite& p, int64_t row0, int64_t row1) {
   const E* const values = static_cast<const E*>(p.values);
@@ -32,12 +86,11 @@ void write_bitmap(const SparseWrite& p, int64_t row0, int64_t row1) {
   for (int64_t r = row0; r < row1; ++r) {
     E* const row = static_cast<E*>(p.weight) + r * p.at.cols;
     const uint8_t* const bits = p.at.bitmap + r * p.at.bitmap_stride;
-    int64_t i = p.at.starts[r];
-    for (int64_t c = 0; c < p.at.cols; c += 64) {
-      uint64_t word = 0;
-      for (int b = 0; b < 8; ++b) word |= uint64_t(bits[c / 8 + b]) << (8 * b);
-      for (; word; word &= word - 1, ++i) exchange(row + c + __builtin_ctzll(word), values, saved, i);
-    }
+    int64_t i = p.at.starts[r], c = 0;
+#if LF_WIDTH == 16
+    if (sizeof(E) == 4 || has_vbmi2()) i = write_vectors(bits, row, &c, p.at.cols, values, saved, i);
+#endif
+    write_bits(bits, row, c, p.at.cols, values, saved, i);
   }
 }
 
