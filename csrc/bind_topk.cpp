@@ -116,7 +116,7 @@ class PySelection {
       for (const py::handle t : out) bump_version(t);
   }
 
-  // out: a (values, row_starts, columns or None, bitmap or None) for each tensor, the bitmap zeroed.
+  // out: a (values, row_starts, columns or None, bitmap or None) for each tensor.
   void write_sparse(const py::list& out, bool own, int threads) const {
     const auto& inputs = selection_->inputs();
     if (out.size() != inputs.size()) fail("out: expected one for each of x");

@@ -54,7 +54,7 @@ struct SparseOutput {
   int64_t* row_starts;  // [rows + 1]
   void* columns;        // [nnz], or null
   bool wide;            // columns are int32, not uint16
-  uint64_t* bitmap;     // [rows, ceil(cols / 64)], zeroed; or null
+  uint64_t* bitmap;     // [rows, ceil(cols / 64)], or null
 };
 
 enum class TopkScope { tensor, row, global };

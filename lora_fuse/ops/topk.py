@@ -344,7 +344,7 @@ def _room(dtype: torch.dtype, rows: int, cols: int, kept: int) -> tuple[Tensor, 
     """What a ``SparseMatrix`` with ``kept`` entries is made of, not yet filled in."""
     columns = bitmap = None
     if bitmap_is_smaller(rows, cols, kept):
-        bitmap = torch.zeros(rows, -(-cols // 64) * 8, dtype=torch.uint8)
+        bitmap = torch.empty(rows, -(-cols // 64) * 8, dtype=torch.uint8)
     else:
         columns = torch.empty(kept, dtype=column_dtype(cols))
     return torch.empty(kept, dtype=dtype), torch.empty(rows + 1, dtype=torch.int64), columns, bitmap

@@ -256,6 +256,17 @@ def test_any_layout(layout, dtype):
     assert bool((base[:, 1::2] == 7).all())
 
 
+def test_bitmaps_are_written_whole(isa, monkeypatch):
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *s, **k: plain(*s, **k).view(torch.uint8).fill_(255).view(k["dtype"]))
+    for shape in ((5, 70), (3, 64), (4, 1), (2, 40_001)):
+        x = torch.randn(shape)
+        matrix = sparsify(x, 0.6)
+        assert matrix.bitmap is not None or shape[1] == 1
+        matrix.check("matrix")
+        assert torch.equal(matrix.mask(), topk_mask(x, 0.6))
+
+
 def test_row_scope_of_one_and_more_dimensions():
     x = torch.randn(6, 4, 10)
     assert torch.equal(topk_mask(x, 0.5, "row").view(6, 40).sum(1), torch.full((6,), 20))
