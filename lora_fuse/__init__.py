@@ -16,6 +16,7 @@ from lora_fuse.merging.combine import merge
 from lora_fuse.merging.fuse import fuse, unfuse
 from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swap_adapter
 from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapters, use_adapters
+from lora_fuse.nn.switch import switch_task
 from lora_fuse.nn.warmup import warmup
 from lora_fuse.sparse import SparseMatrix
 
@@ -43,6 +44,7 @@ __all__ = [
     "remove_adapter",
     "set_adapters",
     "swap_adapter",
+    "switch_task",
     "unfuse",
     "use_adapters",
     "warmup",

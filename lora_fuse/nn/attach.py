@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.nn import bypass, generate, heads
 from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
-from lora_fuse.nn.linear import AdaptedModule
-from lora_fuse.nn.plan import Fitted, Plan, plan
+from lora_fuse.nn.linear import AdaptedModule, original_class
+from lora_fuse.nn.plan import Plan, plan
 from lora_fuse.nn.serving import Serving
+from lora_fuse.nn.sparse_plan import make_slots
+from lora_fuse.nn.sparse_site import SiteSlots, SparseSite, sparse_class
+from lora_fuse.nn.switch import refuse_while_switched, undo_switch
 
 _WAIT_SECONDS = 5.0
+_Adapter: TypeAlias = LoraAdapter | SparseAdapter
 
 
-def _load(adapters: Mapping[str, Any]) -> dict[str, LoraAdapter]:
+def _load(adapters: Mapping[str, Any]) -> dict[str, _Adapter]:
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters: expected a mapping of names to adapters, got {type(adapters).__name__}")
     loaded = {}
     for name, source in adapters.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"adapters: names are non-empty strings, got {name!r}")
-        if not isinstance(source, LoraAdapter):
+        if not isinstance(source, (LoraAdapter, SparseAdapter)):
             from lora_fuse.adapters.load import load_adapter
 
             source = load_adapter(source)
@@ -50,13 +56,17 @@ def attach(
     lm_head) is adapted alone, since the weight is not touched. Factors are stored in the dtype of the weight they
     belong to.
 
+    A ``SparseAdapter`` is relative to merged weights, which the model has to hold; it takes a slot like any other. Its
+    rows get what the whole fine-tune would make of them: weights and biases of Linear, Conv1D, Conv2d and Embedding,
+    LayerNorm and RMSNorm, and heads. A weighted mix adds the weighted differences of all parameters.
+
     Limits: what ``checkpoint(model, ..., use_reentrant=True)`` runs again in the backward sees the selection of that
     moment, not the forward's (inside the model, or with ``use_reentrant=False``, it sees the forward's).
     ``torch.jit.trace`` is refused, since a trace would keep one selection for good.
 
     Args:
         model: the outermost module, the one whose forward is called. Selections belong to it.
-        adapters: name -> ``LoraAdapter``, or whatever ``load_adapter`` takes. May be empty.
+        adapters: name -> ``LoraAdapter``, ``SparseAdapter``, or whatever ``load_adapter`` takes. May be empty.
         num_slots: how many adapters may be attached at once; default ``max(8, number given)``.
         max_rank: largest rank that will fit; default the largest present.
         batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``. A layer whose input has another
@@ -66,7 +76,8 @@ def attach(
         ``model``.
     Raises:
         ValueError, TypeError: an adapter does not fit the model (offending paths are listed), a rank or the number of
-            adapters is too large, something an adapter holds cannot be served per row. The model is then as it was.
+            adapters is too large, something an adapter holds cannot be served per row, the model does not hold the
+            merged weights of a sparse adapter. The model is then as it was.
     """
     given, model = model, unwrap(model)
     if "lora_attachment" in model.__dict__:
@@ -75,7 +86,7 @@ def attach(
     if num_slots is None:
         num_slots = max(8, len(loaded))
     if max_rank is None:
-        max_rank = max((a.rank for a in loaded.values()), default=1) or 1
+        max_rank = max((a.rank for a in loaded.values() if isinstance(a, LoraAdapter)), default=1) or 1
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim: got {batch_dim!r}, accepted is an integer from 0")
     for what, value in (("num_slots", num_slots), ("max_rank", max_rank)):
@@ -84,19 +95,19 @@ def attach(
     if len(loaded) > num_slots:
         raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
     serving = Serving(num_slots, max_rank, batch_dim)
-    dtype = next((t.dtype for a in loaded.values() for t in a.tensors()), torch.float32)
+    factors = (t.dtype for a in loaded.values() if isinstance(a, LoraAdapter) for t in a.tensors())
+    dtype = next(factors, torch.float32)
     attachment = Attachment(serving, dtype)
     with torch.inference_mode(False), torch.no_grad():
-        planned = plan(model, loaded, {}, {}, max_rank)
+        planned = plan(model, loaded, {}, {}, {}, max_rank)
         leases = {name: serving.allocator.acquire(0) for name in loaded}
-        pools = _new_pools(planned, attachment)
-        copies = heads.new_sites(planned)
-        heads_of = {path: module for path, (module, _) in planned.new_heads.items()}
+        made = _make(planned, attachment)
         for name, adapter in loaded.items():
-            _fill(planned.adapters[name], pools, copies, heads_of, leases[name].index)
+            _fill(planned, name, made, attachment, leases[name].index)
             attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
     # From here on nothing can fail.
-    _install(model, planned, attachment, pools, copies)
+    attachment.tasks = {name: a for name, a in loaded.items() if isinstance(a, SparseAdapter)}
+    _install(model, planned, attachment, made)
     model.register_forward_pre_hook(Begin(serving), prepend=True, with_kwargs=True)
     model.register_forward_hook(End(serving), always_call=True)
     attachment.wrapped = generate.install(model, serving)
@@ -105,64 +116,71 @@ def attach(
     return given
 
 
-def _new_pools(planned: Plan, attachment: Attachment) -> dict[str, AdapterPool]:
+@dataclass
+class _Made:
+    """What modules will get, by canonical path; filled before the model is changed."""
+
+    pools: dict[str, AdapterPool]
+    copies: dict[str, heads.HeadCopies]
+    sparse: dict[str, SiteSlots]
+
+
+def _make(planned: Plan, attachment: Attachment) -> _Made:
     serving = attachment.serving
-    return {
-        path: target.make_pool(module, serving.physical_slots, serving.max_rank, attachment.fallback_dtype)
-        for path, (module, target) in planned.new_layers.items()
-    }
+    slots, rank, dtype = serving.physical_slots, serving.max_rank, attachment.fallback_dtype
+    return _Made(
+        {path: target.make_pool(module, slots, rank, dtype) for path, (module, target) in planned.new_layers.items()},
+        heads.new_sites(planned),
+        {path: make_slots(module, path, kind, slots) for path, (module, kind) in planned.new_sparse.items()},
+    )
 
 
-def _fill(
-    fitted: Fitted,
-    pools: Mapping[str, AdapterPool],
-    copies: Mapping[str, heads.HeadCopies],
-    heads_of: Mapping[str, nn.Module],
-    slot: int,
-) -> None:
-    """Write one adapter into a slot of every pool; layers that it does not adapt get an empty slot."""
-    for path, pool in pools.items():
+def _fill(planned: Plan, name: str, made: _Made, attachment: Attachment, slot: int) -> None:
+    """Write one adapter into a slot of every layer, old and new; layers that it does not adapt get an empty slot."""
+    fitted = planned.adapters[name]
+    for path, pool in ({path: m.lora_pool for path, m in attachment.layers.items()} | made.pools).items():
         layer = fitted.layers.get(path)
         if layer is None:
             pool.clear(slot)
         else:
             a, b = layer.lora_a, layer.lora_b
             pool.write(slot, a.detach().flatten(1), b.detach().flatten(1), layer.scaling, layer.lora_bias)
-    for path, site in copies.items():
-        site.put(slot, fitted.heads.get(path), heads_of[path])
+    modules: dict[str, nn.Module] = {**attachment.heads, **{p: module for p, (module, _) in planned.new_heads.items()}}
+    for path, site in ({path: m.lora_heads for path, m in attachment.heads.items()} | made.copies).items():
+        site.put(slot, fitted.heads.get(path), modules[path])
+    for path, slots in ({path: m.lora_sparse for path, m in attachment.sparse.items()} | made.sparse).items():
+        slots.put(slot, fitted.sparse.get(path))
 
 
-def _describe(adapter: LoraAdapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
+def _describe(adapter: _Adapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
     fitted = planned.adapters[name]
-    return AttachedAdapter(
-        slot, adapter.rank, adapter.nbytes, tuple(fitted.layers), tuple(fitted.heads), adapter.source
-    )
+    rank, density = (adapter.rank, None) if isinstance(adapter, LoraAdapter) else (0, adapter.density)
+    layers = (*fitted.layers, *fitted.sparse)
+    return AttachedAdapter(slot, rank, adapter.nbytes, layers, tuple(fitted.heads), adapter.source, density)
 
 
-def _install(
-    model: nn.Module,
-    planned: Plan,
-    attachment: Attachment,
-    pools: Mapping[str, AdapterPool],
-    copies: Mapping[str, heads.HeadCopies],
-) -> None:
+def _install(model: nn.Module, planned: Plan, attachment: Attachment, made: _Made) -> None:
+    serving = attachment.serving
     for path, (module, target) in planned.new_layers.items():
-        own_forward = module.__dict__.pop("forward", None)
-        if own_forward is not None:
-            module.__dict__["lora_base_forward"] = own_forward
         module.__dict__["lora_fit"] = target.fit
-        _adapt(module, target.adapted, attachment.serving, path, lora_pool=pools[path])
+        adapted: type[nn.Module] = target.adapted
+        if path in attachment.sparse:
+            adapted = sparse_class(module, adapted)
+        _adapt(module, adapted, serving, path, lora_pool=made.pools[path])
         attachment.layers[path] = cast(AdaptedModule, module)
     for path, (module, adapted) in planned.new_heads.items():
-        own_forward = module.__dict__.pop("forward", None)
-        if own_forward is not None:
-            module.__dict__["lora_base_forward"] = own_forward
-        _adapt(module, adapted, attachment.serving, path, lora_heads=copies[path])
+        _adapt(module, adapted, serving, path, lora_heads=made.copies[path])
         attachment.heads[path] = cast(heads.MultiHead, module)
-    attachment.switched += bypass.switch_off(model, planned.new_layers)
+    for path, (module, _) in planned.new_sparse.items():
+        _adapt(module, sparse_class(module, type(module)), serving, path, lora_sparse=made.sparse[path])
+        attachment.sparse[path] = cast(SparseSite, module)
+    attachment.switched += bypass.switch_off(model, [*planned.new_layers, *planned.new_sparse])
 
 
 def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: str, **children: nn.Module) -> None:
+    own_forward = module.__dict__.pop("forward", None)
+    if own_forward is not None:
+        module.__dict__["lora_base_forward"] = own_forward
     for name, child in children.items():
         child.train(module.training)
         module._modules[name] = child
@@ -172,6 +190,8 @@ def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: 
 
 def detach(model: nn.Module) -> nn.Module:
     """Take all adapters out: classes, attributes, hooks and flags are what they were, parameters were never touched.
+
+    A task that ``switch_task`` wrote into the weights is undone first.
 
     Args:
         model: what ``attach`` returned; no forward of it may be running.
@@ -183,15 +203,17 @@ def detach(model: nn.Module) -> nn.Module:
     """
     attachment = attachment_of(model)
     given, model = model, unwrap(model)
-    for path, module in (*attachment.layers.items(), *attachment.heads.items()):
+    adapted = {**attachment.layers, **attachment.heads, **attachment.sparse}
+    for path, module in adapted.items():
         if "lora_base" not in type(module).__dict__:
             raise ValueError(
                 f"model: {path} became a {type(module).__name__} after attach; undo that (for example "
                 "remove its parametrizations) before detach"
             )
-    for module in (*attachment.layers.values(), *attachment.heads.values()):
-        module.__class__ = type(module).lora_base  # type: ignore[assignment]
-        for name in ("lora_pool", "lora_heads"):
+    undo_switch(model, attachment)
+    for module in adapted.values():
+        module.__class__ = original_class(type(module))  # type: ignore[assignment]
+        for name in ("lora_pool", "lora_heads", "lora_sparse"):
             module._modules.pop(name, None)
         for name in ("lora_serving", "lora_path", "lora_fit"):
             module.__dict__.pop(name, None)
@@ -215,15 +237,17 @@ def add_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _
 
     Args:
         name: must be new.
-        adapter: a ``LoraAdapter``, or whatever ``load_adapter`` takes.
+        adapter: a ``LoraAdapter``, a ``SparseAdapter``, or whatever ``load_adapter`` takes.
         timeout: seconds to wait for a slot that running forwards still hold.
     Raises:
-        ValueError: the name is taken, all slots are, or the adapter does not fit; nothing is changed.
+        ValueError: the name is taken, all slots are, the adapter does not fit, or a task is switched in
+            (``switch_task``); nothing is changed.
         RuntimeError: no slot became free in time; nothing is changed.
     """
     attachment = attachment_of(model)
     loaded = _load({name: adapter})
     with attachment.changing:
+        refuse_while_switched(attachment, "add_adapter")
         taken = attachment.serving.published.leases
         if name in taken:
             raise ValueError(f"name: {name!r} is attached already; swap_adapter replaces it")
@@ -246,19 +270,19 @@ def swap_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = 
         timeout: seconds to wait for the spare slot, if running forwards (or graphs awaiting their backward) still hold
             it.
     Raises:
-        ValueError: nothing of that name is attached, or the new adapter does not fit; nothing is changed.
+        ValueError: nothing of that name is attached, the new adapter does not fit, or a task is switched in; nothing
+            is changed.
         RuntimeError: the spare slot did not become free in time; nothing is changed.
     """
     attachment = attachment_of(model)
     loaded = _load({name: adapter})
     with attachment.changing:
+        refuse_while_switched(attachment, "swap_adapter")
         attachment.serving.published.lease(name, "name")
         _put(model, attachment, name, loaded, timeout)
 
 
-def _put(
-    model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[str, LoraAdapter], timeout: float
-) -> None:
+def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[str, _Adapter], timeout: float) -> None:
     serving = attachment.serving
     model = unwrap(model)
     with torch.inference_mode(False), torch.no_grad():
@@ -266,20 +290,26 @@ def _put(
             path: {n: size for n, size in widths.items() if n not in (None, name)}
             for path, widths in heads.sizes(attachment.heads, serving.published).items()
         }
-        planned = plan(model, loaded, attachment.layers, widths, serving.max_rank)  # type: ignore[arg-type]
+        planned = plan(model, loaded, attachment.layers, attachment.sparse, widths, serving.max_rank)  # type: ignore[arg-type]
         lease = serving.allocator.acquire(timeout)
-        pools = _new_pools(planned, attachment)
-        copies = heads.new_sites(planned)
-        heads_of = {**attachment.heads, **{path: module for path, (module, _) in planned.new_heads.items()}}
-        old_pools = {path: module.lora_pool for path, module in attachment.layers.items()}
-        old_copies = {path: module.lora_heads for path, module in attachment.heads.items()}
-        _fill(planned.adapters[name], {**old_pools, **pools}, {**old_copies, **copies}, heads_of, lease.index)
-    _install(model, planned, attachment, pools, copies)
+        made = _make(planned, attachment)
+        _fill(planned, name, made, attachment, lease.index)
+    _install(model, planned, attachment, made)
     info = _describe(loaded[name], planned, name, lease.index)
     attachment.info = {**attachment.info, name: info}
+    tasks = {n: task for n, task in attachment.tasks.items() if n != name}
+    attachment.tasks = tasks | {n: a for n, a in loaded.items() if isinstance(a, SparseAdapter)}
     leases = {**serving.published.leases, name: lease}
     serving.publish(leases, {**serving.published.heads, name: frozenset(info.heads)})
-    heads.prune(attachment.heads.values(), serving)
+    _prune(attachment)
+
+
+def _prune(attachment: Attachment) -> None:
+    """Free what slots hold that nothing reads any more; LoRA pools keep their size."""
+    heads.prune(attachment.heads.values(), attachment.serving)
+    live = set(attachment.serving.allocator.live.keys())
+    for module in attachment.sparse.values():
+        module.lora_sparse.keep(live)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -292,15 +322,17 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         model: an attached model.
         name: an attached adapter.
     Raises:
-        ValueError: nothing of that name is attached.
+        ValueError: nothing of that name is attached, or a task is switched in.
     """
     attachment = attachment_of(model)
     with attachment.changing:
+        refuse_while_switched(attachment, "remove_adapter")
         serving = attachment.serving
         serving.published.lease(name, "name")
         attachment.info = {n: info for n, info in attachment.info.items() if n != name}
+        attachment.tasks = {n: task for n, task in attachment.tasks.items() if n != name}
         serving.publish(
             {n: lease for n, lease in serving.published.leases.items() if n != name},
             {n: paths for n, paths in serving.published.heads.items() if n != name},
         )
-        heads.prune(attachment.heads.values(), serving)
+        _prune(attachment)

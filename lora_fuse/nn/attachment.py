@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.nn.bypass import Switched
 from lora_fuse.nn.heads import MultiHead
 from lora_fuse.nn.linear import AdaptedModule
 from lora_fuse.nn.serving import Serving, batched_input
+from lora_fuse.nn.sparse_site import SparseSite
 from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
 
 
@@ -22,11 +25,12 @@ class AttachedAdapter:
 
     Args:
         slot: where it lies now; a swap moves it.
-        rank: its largest rank.
+        rank: its largest rank; 0 for a sparse adapter.
         nbytes: bytes of its tensors as given.
         layers: module paths that it adapts.
         heads: module paths that it brings a copy of.
         source: where it came from.
+        density: of a sparse adapter, the share of entries that it keeps; else None.
     """
 
     slot: int
@@ -35,6 +39,7 @@ class AttachedAdapter:
     layers: tuple[str, ...]
     heads: tuple[str, ...]
     source: str
+    density: float | None = None
 
 
 class Lock:
@@ -53,6 +58,19 @@ class Lock:
         return Lock, ()
 
 
+@dataclass(frozen=True)
+class ActiveTask:
+    """The task that ``switch_task`` wrote into the weights.
+
+    Args:
+        name: of its adapter, which stays attached for as long.
+        saved: parameter name -> what was overwritten: ``[nnz]`` entries of a sparse matrix, or a whole tensor.
+    """
+
+    name: str
+    saved: Mapping[str, Tensor]
+
+
 @dataclass
 class Attachment:
     """What ``attach`` did to a model; kept on the model, used to undo it."""
@@ -61,7 +79,10 @@ class Attachment:
     fallback_dtype: torch.dtype
     layers: dict[str, AdaptedModule] = field(default_factory=dict)
     heads: dict[str, MultiHead] = field(default_factory=dict)
+    sparse: dict[str, SparseSite] = field(default_factory=dict)
     info: dict[str, AttachedAdapter] = field(default_factory=dict)
+    tasks: dict[str, SparseAdapter] = field(default_factory=dict)
+    active: ActiveTask | None = None
     switched: list[Switched] = field(default_factory=list)
     wrapped: list[tuple[nn.Module, str]] = field(default_factory=list)
     changing: Lock = field(default_factory=Lock)

@@ -14,7 +14,7 @@ from lora_fuse.nn.traced import traced_routing
 from lora_fuse.ops.eager import autocasts
 
 
-def _columns(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def columns_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The patches that each output position sees: ``[batch, positions, in_channels * kh * kw]``."""
     if conv.kernel_size == (1, 1) and not any(conv._reversed_padding_repeated_twice):
         sh, sw = conv.stride
@@ -37,7 +37,7 @@ def _add_positions(layer: AdaptedModule, y: Tensor, x: Tensor) -> Tensor:
         routing = serving.routing((x.shape[0], height * width), pool.pool_a.device, layer.lora_path)
         if routing is None:
             return y
-    columns = _columns(cast(nn.Conv2d, layer), x).contiguous().neg()  # y - (-delta), see linear._negated
+    columns = columns_of(cast(nn.Conv2d, layer), x).contiguous().neg()  # y - (-delta), see linear._negated
     if not autocasts(x):
         columns = columns.to(pool.pool_a.device, pool.pool_a.dtype)
     weights: Tensor | None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_fuse.nn.linear import AdaptedModule, rebuildable, wrapped_class
 from lora_fuse.nn.selection import Published, Snapshot
-from lora_fuse.nn.serving import Serving
+from lora_fuse.nn.serving import BY_HANDLE, Serving
 from lora_fuse.nn.traced import run_as_plain_python, snapshot_of
 from lora_fuse.ops._library import LIBRARY
 
@@ -105,6 +105,8 @@ class MultiHead(AdaptedModule):
 
         ids = isinstance(self, nn.Embedding)
         row_wise = isinstance(self, (nn.Linear, nn.Embedding, nn.LayerNorm)) and len(args) == 1 and not kwargs
+        if serving.task in copies:
+            return run(cast(int, serving.task), args, kwargs)
         snapshot, seq = serving.current()
         return HeadRun(self.lora_path, copies, run, row_wise, ids)(snapshot, seq, args, kwargs)
 
@@ -233,6 +235,9 @@ def _run_heads(
     def run(owner: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return F.linear(args[0], weight, bias) if owner == _BASE else copies[owner].forward(*args)
 
+    task = BY_HANDLE[handle].task
+    if task in copies:
+        return run(cast(int, task), (x,), {})  # type: ignore[no-any-return]
     snapshot, seq = snapshot_of(token, handle)
     return HeadRun("a head", copies, run, True)(snapshot, seq, (x,), {})  # type: ignore[no-any-return]
 
@@ -283,10 +288,10 @@ def head_class(module: nn.Module) -> type[nn.Module]:
 
 def new_sites(planned: Plan) -> dict[str, HeadCopies]:
     """Empty copies for the modules that get heads for the first time."""
-    return {path: HeadCopies(_template(module)) for path, (module, _) in planned.new_heads.items()}
+    return {path: HeadCopies(template_of(module)) for path, (module, _) in planned.new_heads.items()}
 
 
-def _template(module: nn.Module) -> nn.Module:
+def template_of(module: nn.Module) -> nn.Module:
     """The module's structure and buffers, with no parameter set."""
     template = copy.deepcopy(module, {id(t): None for t in module.parameters()})
     template.__dict__.pop("forward", None)

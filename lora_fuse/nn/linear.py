@@ -159,15 +159,30 @@ def wrapped_class(mixin: type[AdaptedModule], base: type[nn.Module], fresh: bool
     return made
 
 
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before ``attach``, under however many of ours."""
+    while issubclass(cls, AdaptedModule):
+        cls = cls.lora_base
+    return cls
+
+
 def rebuildable(cls: type[nn.Module], reduced: Any) -> Any:
     """Make a wrapped instance's reduction independent of its class, which pickle cannot find by name."""
     func, args, *rest = reduced
     if func is copyreg.__newobj__ and args[:1] == (cls,):  # type: ignore[attr-defined]
-        mixin, base, fresh = cls.lora_mixin, cls.lora_base, cls.lora_fresh  # type: ignore[attr-defined]
-        return (_rebuild, (mixin, base, fresh, *args[1:]), *rest)
+        return (_rebuild, (_recipe(cls), *args[1:]), *rest)
     return reduced
 
 
-def _rebuild(mixin: type[AdaptedModule], base: type[nn.Module], fresh: bool, *args: Any) -> nn.Module:
-    cls = wrapped_class(mixin, base, fresh)
-    return cls.__new__(cls, *args)  # type: ignore[call-overload,no-any-return]
+def _recipe(cls: Any) -> Any:
+    """``(mixin, recipe of the base, fresh)`` of a wrapped class; any other class itself."""
+    return (cls.lora_mixin, _recipe(cls.lora_base), cls.lora_fresh) if "lora_mixin" in cls.__dict__ else cls
+
+
+def _class_of(recipe: Any) -> Any:
+    return wrapped_class(recipe[0], _class_of(recipe[1]), recipe[2]) if isinstance(recipe, tuple) else recipe
+
+
+def _rebuild(recipe: Any, *args: Any) -> nn.Module:
+    cls = _class_of(recipe)
+    return cls.__new__(cls, *args)  # type: ignore[no-any-return]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
-from lora_fuse.nn import heads
+from lora_fuse.adapters.sparse_adapter import SparseAdapter
+from lora_fuse.nn import heads, sparse_plan
+from lora_fuse.nn.sparse_site import Own, SiteSlots
 from lora_fuse.nn.targets import Fit, Target, pool_dtype, target_of
 
 _LISTED = 10
-_OURS = re.compile(r"(^|\.)lora_(pool|heads)(\.|$)")  # modules that attach put there
+_OURS = re.compile(r"(^|\.)lora_(pool|heads|sparse)(\.|$)")  # modules that attach put there
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Fitted:
 
     layers: dict[str, LoraLayer] = field(default_factory=dict)
     heads: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    sparse: dict[str, Own] = field(default_factory=dict)
 
 
 @dataclass
@@ -32,20 +35,23 @@ class Plan:
 
     new_layers: dict[str, tuple[nn.Module, Target]] = field(default_factory=dict)
     new_heads: dict[str, tuple[nn.Module, type[nn.Module]]] = field(default_factory=dict)
+    new_sparse: dict[str, tuple[nn.Module, type[SiteSlots]]] = field(default_factory=dict)
     adapters: dict[str, Fitted] = field(default_factory=dict)
 
 
 def plan(
     model: nn.Module,
-    adapters: Mapping[str, LoraAdapter],
+    adapters: Mapping[str, LoraAdapter | SparseAdapter],
     layers: Mapping[str, nn.Module],
+    sparse: Mapping[str, nn.Module],
     head_widths: Mapping[str, Mapping[str, int]],
     max_rank: int,
 ) -> Plan:
     """Fit adapters to a model.
 
     Args:
-        layers: what has slots already, by canonical path.
+        layers: what has LoRA slots already, by canonical path.
+        sparse: what has sparse slots already, likewise.
         head_widths: what has head copies already, and the widths of those that will stay, by adapter.
     Raises:
         ValueError: naming the adapter, up to ten offending paths with the reason, and the nearest names that exist.
@@ -56,7 +62,12 @@ def plan(
         canonical.setdefault(id(module), path)
     fits: dict[str, Fit] = {path: module.lora_fit for path, module in layers.items()}  # type: ignore[misc]
     result = Plan()
+    places = None
     for name, adapter in adapters.items():
+        if isinstance(adapter, SparseAdapter):
+            places = places or sparse_plan.Places(modules, canonical, lambda path: _OURS.search(path) is not None)
+            _fit_sparse(name, adapter, places, sparse, head_widths, result)
+            continue
         _refuse_unservable(name, adapter)
         fitted, offenders = Fitted(), []
         for path, layer in adapter.layers.items():
@@ -72,7 +83,7 @@ def plan(
                     offenders.append(f"{path}: another adapter has a full copy of it (modules_to_save)")
                     continue
                 if home not in fits:
-                    target = target_of(module, home, modules.get(home.rpartition(".")[0]))
+                    target = target_of(module, home, modules.get(home.rpartition(".")[0]), home in sparse)
                     if isinstance(target, str):
                         offenders.append(f"{path}: {target}")
                         continue
@@ -99,22 +110,49 @@ def plan(
             fitted.heads[home] = tensors
             if home not in head_widths and home not in result.new_heads:
                 result.new_heads[home] = (module, heads.head_class(module))
-        if offenders:
-            shown = "\n  ".join(offenders[:_LISTED])
-            more = f"\n  and {len(offenders) - _LISTED} more" if len(offenders) > _LISTED else ""
-            raise ValueError(
-                f"adapter {name!r} ({adapter.source}) does not fit this model, {len(offenders)} of "
-                f"{len(adapter.layers) + len(adapter.modules_to_save)} modules:\n  {shown}{more}"
-            )
+        _refuse_offenders(name, adapter, offenders, f"{len(adapter.layers) + len(adapter.modules_to_save)} modules")
         result.adapters[name] = fitted
-    _refuse_overlaps([*fits], [*head_widths, *result.new_heads])
+    changed = {path: "values of its own" for path in (*sparse, *result.new_sparse)}
+    _refuse_overlaps({**changed, **dict.fromkeys(fits, "LoRA factors")}, [*head_widths, *result.new_heads])
     heads.refuse_mixed_kinds(result.adapters, modules, head_widths)
     return result
 
 
+def _fit_sparse(
+    name: str,
+    adapter: SparseAdapter,
+    places: sparse_plan.Places,
+    sparse: Mapping[str, nn.Module],
+    head_widths: Mapping[str, Mapping[str, int]],
+    result: Plan,
+) -> None:
+    fitted, offenders = sparse_plan.fit(name, adapter, places)
+    total = len({*adapter.matrices, *adapter.dense, *adapter.heads})
+    _refuse_offenders(name, adapter, offenders, f"{total} parameters")
+    for path, own in fitted.sites.items():
+        if path not in sparse:
+            kind = sparse_plan.slots_of(places.modules, path, own.names)
+            assert not isinstance(kind, str)
+            result.new_sparse[path] = (places.modules[path], kind)
+    for path in fitted.heads:
+        if path not in head_widths and path not in result.new_heads:
+            module = places.modules[path]
+            result.new_heads[path] = (module, heads.head_class(module))
+    result.adapters[name] = Fitted({}, fitted.heads, fitted.sites)
+
+
+def _refuse_offenders(name: str, adapter: LoraAdapter | SparseAdapter, offenders: list[str], total: str) -> None:
+    if offenders:
+        shown = "\n  ".join(offenders[:_LISTED])
+        more = f"\n  and {len(offenders) - _LISTED} more" if len(offenders) > _LISTED else ""
+        raise ValueError(
+            f"adapter {name!r} ({adapter.source}) does not fit this model, {len(offenders)} of {total}:\n  {shown}{more}"
+        )
+
+
 def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
     if not isinstance(adapter, LoraAdapter):
-        raise TypeError(f"adapter {name!r}: expected a LoraAdapter, got {type(adapter).__name__}")
+        raise TypeError(f"adapter {name!r}: expected a LoraAdapter or a SparseAdapter, got {type(adapter).__name__}")
     dora = [path for path, layer in adapter.layers.items() if layer.magnitude is not None]
     if dora:
         raise ValueError(
@@ -191,12 +229,13 @@ def _refuse_overflow(name: str, path: str, layer: LoraLayer, module: nn.Module) 
         raise ValueError(f"adapter {name!r}: {path} has a factor of {largest:g}, float16 ends at 65504")
 
 
-def _refuse_overlaps(layers: list[str], head_paths: list[str]) -> None:
+def _refuse_overlaps(changed: Mapping[str, str], head_paths: list[str]) -> None:
+    """Args: what an adapter has at each path that it changes per row; paths of which adapters have full copies."""
     for head in head_paths:
-        for path in layers:
+        for path, what in changed.items():
             if path == head or path.startswith(f"{head}.") or head == "":
                 raise ValueError(
-                    f"{path}: one adapter has LoRA factors here, another a full copy of {head} (modules_to_save); "
+                    f"{path}: one adapter has {what} here, another a full copy of {head} (modules_to_save, or a head); "
                     "these two cannot be mixed in one model"
                 )
         for other in head_paths:

@@ -10,8 +10,9 @@ from torch import nn
 from lora_fuse.nn import heads
 from lora_fuse.nn.attachment import AttachedAdapter, attachment_of
 from lora_fuse.nn.linear import AdaptedModule
-from lora_fuse.nn.selection import SelectionLike, parse_selection
+from lora_fuse.nn.selection import Selection, SelectionLike, parse_selection
 from lora_fuse.nn.serving import Context
+from lora_fuse.nn.switch import refuse_while_switched, selects_base
 
 
 def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
@@ -42,11 +43,11 @@ def use_adapters(model: nn.Module, selection: SelectionLike) -> Iterator[None]:
             slots (-1 = base). An entry is a name, None (base), or ``{name: weight, ...}``.
     Raises:
         ValueError, TypeError: an unknown name (those attached are listed), a weight that is not finite, a slot that
-            holds no adapter (its row is named). A list of the wrong length is refused by the forward, which says both
+            holds no adapter (its row is named), or a task is switched in (``switch_task``). A list of the wrong length is refused by the forward, which says both
             lengths.
     """
     serving = attachment_of(model).serving
-    context: Context = serving.enter(parse_selection(selection, serving.published, serving.physical_slots))
+    context: Context = serving.enter(_parse(model, selection))
     try:
         yield
     finally:
@@ -60,11 +61,20 @@ def set_adapters(model: nn.Module, selection: SelectionLike) -> None:
     Args and Raises: as ``use_adapters``.
     """
     serving = attachment_of(model).serving
-    serving.default = Context(parse_selection(selection, serving.published, serving.physical_slots))
+    serving.default = Context(_parse(model, selection))
+
+
+def _parse(model: nn.Module, selection: SelectionLike) -> Selection:
+    attachment = attachment_of(model)
+    serving = attachment.serving
+    parsed = parse_selection(selection, serving.published, serving.physical_slots)
+    if not selects_base(parsed):
+        refuse_while_switched(attachment, "selection")
+    return parsed
 
 
 def attached_layers(model: nn.Module) -> dict[str, AdaptedModule]:
-    """The layers that have slots, by module path."""
+    """The layers that have slots for LoRA factors, by module path."""
     return dict(attachment_of(model).layers)
 
 

@@ -97,6 +97,7 @@ class Serving:
         self.published = Published(leases, heads)
         self.default = Context(default)
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.task: int | None = None  # the slot of the adapter that switch_task wrote into the weights
         self.token: Tensor | None = None  # set while a compiled forward is being traced, see traced.py
         self.handle = next(_handles)
         BY_HANDLE[self.handle] = self
@@ -116,11 +117,13 @@ class Serving:
                 "slots": slots,
                 "heads": dict(self.published.heads),
                 "default": default,
+                "task": self.task,
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.num_slots, self.max_rank, self.batch_dim = state["num_slots"], state["max_rank"], state["batch_dim"]
         self._init_run_time(state["slots"], state["heads"], state["default"])
+        self.task = state.get("task")
         default = state["default"]
         if default.tokens is not None:
             serials = {lease.index: lease.serial for lease in self.published.leases.values()}

@@ -14,7 +14,14 @@ from lora_fuse.adapters.lora import LayerKind
 from lora_fuse.adapters.pool import AdapterPool, EmbeddingPool
 from lora_fuse.nn.conv import MultiLoRAConv2d, WrappedConv2d
 from lora_fuse.nn.embedding import MultiLoRAEmbedding, WrappedEmbedding
-from lora_fuse.nn.linear import AdaptedModule, MultiLoRALinear, PermutedLinear, WrappedLinear, wrapped_class
+from lora_fuse.nn.linear import (
+    AdaptedModule,
+    MultiLoRALinear,
+    PermutedLinear,
+    WrappedLinear,
+    original_class,
+    wrapped_class,
+)
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
@@ -52,60 +59,75 @@ class Target:
             sizes = (self.weight_shape[0], self.weight_shape[1])
         else:
             sizes = (self.weight_shape[1], self.weight_shape[0])
-        return self.pool(num_slots, max_rank, *sizes, dtype=pool_dtype(module, fallback), device=_device(module))
+        return self.pool(num_slots, max_rank, *sizes, dtype=pool_dtype(module, fallback), device=device_of(module))
 
 
-def target_of(module: nn.Module, path: str, parent: nn.Module | None) -> Target | str:
-    """How this module takes part, or why it cannot."""
-    if isinstance(module, AdaptedModule):
+def target_of(module: nn.Module, path: str, parent: nn.Module | None, ours: bool = False) -> Target | str:
+    """How this module takes part, or why it cannot.
+
+    Args:
+        ours: whether the module may have slots already, from this model's attach.
+    """
+    if isinstance(module, AdaptedModule) and not ours:
         return "already has slots from an attach() of another model object"
+    cls = original_class(type(module))
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this module's weight and never calls it: an adapter here would do nothing"
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention is not supported: its projections are one packed parameter of no layer's own"
-    hooked = "forward" in module.__dict__  # accelerate and others replace forward on the instance
+    hooked = is_hooked(module)
     if isinstance(module, nn.Embedding):
-        return _embedding(module, hooked)
+        return _embedding(module, cls, hooked)
     if isinstance(module, (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return f"{type(module).__name__} is not supported"
+        return f"{cls.__name__} is not supported"
     if isinstance(module, nn.Conv2d):
-        return _conv2d(module, hooked)
+        return _conv2d(module, cls, hooked)
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     if conv1d is not None and isinstance(module, conv1d):
         in_features, out_features = module.weight.shape
-        fresh = not hooked and type(module).forward is conv1d.forward  # a forward of another's may return what it keeps
-        adapted = wrapped_class(WrappedLinear, type(module), fresh=fresh)
+        fresh = not hooked and cls.forward is conv1d.forward  # a forward of another's may return what it keeps
+        adapted = wrapped_class(WrappedLinear, cls, fresh=fresh)
         return Target("linear", (out_features, in_features), adapted)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not all(isinstance(size, int) for size in sizes):
-        return f"{type(module).__name__} is neither Linear, Conv1D, Conv2d nor Embedding, and not Linear-like"
-    if _EXPERT.search(path):
-        adapted = wrapped_class(PermutedLinear, type(module))
-    elif type(module) is nn.Linear and not hooked:
+        return f"{cls.__name__} is neither Linear, Conv1D, Conv2d nor Embedding, and not Linear-like"
+    if is_expert(path):
+        adapted = wrapped_class(PermutedLinear, cls)
+    elif cls is nn.Linear and not hooked:
         adapted = MultiLoRALinear
     else:
-        adapted = wrapped_class(WrappedLinear, type(module))
+        adapted = wrapped_class(WrappedLinear, cls)
     return Target("linear", sizes, adapted)  # type: ignore[arg-type]
 
 
-def _embedding(module: nn.Embedding, hooked: bool) -> Target | str:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own: accelerate and others put one there."""
+    return "forward" in module.__dict__ or "lora_base_forward" in module.__dict__
+
+
+def is_expert(path: str) -> bool:
+    """Whether this module sees its own choice of tokens."""
+    return _EXPERT.search(path) is not None
+
+
+def _embedding(module: nn.Embedding, cls: Any, hooked: bool) -> Target | str:
     if module.max_norm is not None:
         return "an Embedding with max_norm rewrites its weight in forward"
-    own_forward = type(module).forward is not nn.Embedding.forward
+    own_forward = cls.forward is not nn.Embedding.forward
     if own_forward and not hasattr(module, "embed_scale"):
-        return f"{type(module).__name__} has a forward of its own, which is not a plain lookup"
-    plain = type(module) is nn.Embedding and not hooked
-    adapted: Any = MultiLoRAEmbedding if plain else wrapped_class(WrappedEmbedding, type(module))
+        return f"{cls.__name__} has a forward of its own, which is not a plain lookup"
+    plain = cls is nn.Embedding and not hooked
+    adapted: Any = MultiLoRAEmbedding if plain else wrapped_class(WrappedEmbedding, cls)
     return Target("embedding", (module.num_embeddings, module.embedding_dim), adapted, EmbeddingPool)
 
 
-def _conv2d(module: nn.Conv2d, hooked: bool) -> Target | str:
+def _conv2d(module: nn.Conv2d, cls: Any, hooked: bool) -> Target | str:
     if module.groups != 1:
         return f"Conv2d with groups={module.groups} is not supported, groups=1 is"
-    if type(module).forward is not nn.Conv2d.forward or type(module)._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{type(module).__name__} has a forward of its own, which is not a plain convolution"
-    plain = type(module) is nn.Conv2d and not hooked
-    adapted: Any = MultiLoRAConv2d if plain else wrapped_class(WrappedConv2d, type(module))
+    if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{cls.__name__} has a forward of its own, which is not a plain convolution"
+    plain = cls is nn.Conv2d and not hooked
+    adapted: Any = MultiLoRAConv2d if plain else wrapped_class(WrappedConv2d, cls)
     return Target("conv2d", (module.out_channels, module.in_channels, *module.kernel_size), adapted)
 
 
@@ -127,7 +149,7 @@ def pool_dtype(module: nn.Module, fallback: torch.dtype) -> torch.dtype:
     return compute if compute in _FLOATS else fallback
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     weight = _first_tensor(module)
     device = torch.device("cpu") if weight is None else weight.device
     hook = getattr(module, "_hf_hook", None)

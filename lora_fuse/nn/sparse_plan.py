@@ -1,0 +1,210 @@
+"""Where a sparse adapter's parameters are used in a model, found out (or refused by name) before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
+from lora_fuse.nn import heads
+from lora_fuse.nn.linear import original_class
+from lora_fuse.nn.sparse_rows import EmbeddingSlots, NormSlots, is_norm
+from lora_fuse.nn.sparse_site import ConvSlots, LinearSlots, Own, SiteSlots
+from lora_fuse.nn.targets import is_expert, target_of
+
+_Span = tuple[int, int]
+
+
+@dataclass
+class FittedSparse:
+    """One sparse adapter under the model's canonical paths."""
+
+    sites: dict[str, Own] = field(default_factory=dict)
+    heads: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+class Places:
+    """Which modules use which parameter of a model, tied parameters included.
+
+    Args:
+        modules: every path -> module, duplicates included.
+        canonical: id of a module -> its canonical path.
+        ours: whether a path belongs to what ``attach`` put there.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], canonical: Mapping[int, str], ours: Callable[[str], bool]
+    ) -> None:
+        self.modules = modules
+        self.tensors: dict[str, Tensor] = {}  # every name of a parameter or buffer
+        self.users: dict[int, dict[tuple[str, str], Tensor]] = {}  # storage -> (canonical path, leaf) -> tensor
+        self._prints: dict[str, str] = {}
+        for path, module in modules.items():
+            if ours(path):
+                continue
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.tensors[f"{path}.{leaf}" if path else leaf] = tensor
+                    users = self.users.setdefault(_storage(tensor), {})
+                    users[canonical[id(module)], leaf] = tensor
+
+    def fingerprint(self, name: str) -> str:
+        if name not in self._prints:
+            self._prints[name] = fingerprint(self.tensors[name])
+        return self._prints[name]
+
+    def of(self, name: str) -> list[tuple[str, str]] | str:
+        """``(canonical path, leaf)`` of every module that uses this parameter, or why they cannot be told."""
+        tensor = self.tensors[name]
+        low, high = _span(tensor)
+        found = []
+        for (path, leaf), other in self.users[_storage(tensor)].items():
+            start, end = _span(other)
+            if (start, other.shape, other.stride(), other.dtype) == (low, tensor.shape, tensor.stride(), tensor.dtype):
+                found.append((path, leaf))
+            elif start < high and low < end:
+                return f"shares part of its memory with {path}.{leaf}"
+        return found
+
+    def unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.tensors, n=2)
+        return "the model has no such parameter" + (f", nearest: {', '.join(near)}" if near else "")
+
+
+def _storage(t: Tensor) -> int:
+    return id(t) if t.device.type == "meta" or not t.numel() else t.untyped_storage().data_ptr()
+
+
+def _span(t: Tensor) -> _Span:
+    """Addresses of the first byte and of one past the last; unique for tensors without memory."""
+    if t.device.type == "meta" or not t.numel():
+        return id(t), id(t) + 1
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def fit(name: str, adapter: SparseAdapter, places: Places) -> tuple[FittedSparse, list[str]]:
+    """Fit one adapter to a model.
+
+    Returns:
+        Where its parameters go, and for each that cannot be served why: ``"parameter: reason"``.
+    Raises:
+        ValueError: the model does not hold the merged weights that the adapter belongs to (the first parameter that
+            differs is named).
+    """
+    _check_merged(name, adapter, places)
+    fitted, offenders = FittedSparse(), []
+    head_leaves: dict[str, dict[str, Tensor]] = {}
+    for parameter, tensor in adapter.heads.items():
+        used = places.of(parameter) if parameter in places.tensors else places.unknown(parameter)
+        if isinstance(used, str):
+            offenders.append(f"{parameter}: {used}")
+            continue
+        for path, leaf in used:
+            head_leaves.setdefault(path, {})[leaf] = tensor
+    names: dict[str, dict[str, str]] = {}  # module -> leaf -> parameter
+    for parameter in (*adapter.matrices, *adapter.dense):
+        merged, own = places.tensors[parameter], adapter.dense.get(parameter)
+        if own is not None and own.dtype == merged.dtype and torch.equal(own.to(merged.device), merged):
+            continue  # nothing of the task's own
+        used = places.of(parameter)
+        if isinstance(used, str):
+            offenders.append(f"{parameter}: {used}")
+            continue
+        for path, leaf in used:
+            names.setdefault(path, {})[leaf] = parameter
+    for path, leaves in head_leaves.items():
+        of_module = names.pop(path, {})
+        tensors, why = _head(path, leaves, Own(adapter, of_module), places)
+        if why is not None:
+            offenders.append(f"{path}.{next(iter(leaves))}: {why}")
+        fitted.heads[path] = tensors
+    for path, of_module in names.items():
+        why = slots_of(places.modules, path, of_module)
+        if isinstance(why, str):
+            offenders += [f"{parameter}: {why}" for parameter in of_module.values()]
+        fitted.sites[path] = Own(adapter, of_module)
+    return fitted, offenders
+
+
+def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
+    adapter.check()
+    for parameter, expected in adapter.fingerprint.items():
+        where = f"adapter {name!r} ({adapter.source})"
+        if parameter not in places.tensors:
+            raise ValueError(f"{where}: {parameter}: {places.unknown(parameter)}")
+        tensor = places.tensors[parameter]
+        if tensor.device.type == "meta":
+            raise ValueError(f"{where}: {parameter} is on the meta device, it has no data (offloaded?)")
+        if places.fingerprint(parameter) != expected:
+            raise ValueError(
+                f"{where}: the model's {parameter} ({tensor.dtype}, shape {list(tensor.shape)}) is not the merged weight "
+                "that the adapter was made against; load the merged weights into the model first (and cast the model "
+                "after attach, not before)"
+            )
+    shapes = {**adapter.shapes, **{parameter: t.shape for parameter, t in adapter.dense.items()}}
+    for parameter, shape in shapes.items():
+        merged = places.tensors[parameter]
+        if tuple(merged.shape) != tuple(shape):
+            raise ValueError(f"adapter {name!r}: {parameter} has shape {list(shape)}, the model's {list(merged.shape)}")
+
+
+def _head(
+    path: str, leaves: Mapping[str, Tensor], own: Own, places: Places
+) -> tuple[dict[str, Tensor], str | None]:
+    """All tensors of the task's copy of a module, and why it cannot be had."""
+    module = places.modules[path]
+    if any(not child.startswith("lora_") for child in module._modules):
+        return {}, f"a {original_class(type(module)).__name__} with modules inside cannot be copied per task"
+    if isinstance(places.modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+        return {}, "nn.MultiheadAttention reads this module's weight and never calls it"
+    tensors = dict(module.state_dict())
+    for leaf in own.names:
+        values = own.values(leaf, tensors[leaf]) if tensors[leaf].dim() > 1 else None
+        name = own.names[leaf]
+        dense = own.adapter.dense.get(name)
+        if dense is None:
+            assert values is not None
+            dense = values.to_dense(tensors[leaf].reshape(values.shape)).view(tensors[leaf].shape)
+        tensors[leaf] = dense
+    tensors.update(leaves)
+    return tensors, heads.misfit(module, tensors)
+
+
+def slots_of(modules: Mapping[str, nn.Module], path: str, leaves: Mapping[str, str]) -> type[SiteSlots] | str:
+    """The kind of slots that serve these parameters of a module per row, or why none does.
+
+    Args:
+        leaves: the module's own parameters, as it names them.
+    """
+    module, parent = modules[path], modules.get(path.rpartition(".")[0]) if path else None
+    cls = original_class(type(module))
+    strange = [leaf for leaf in leaves if leaf not in ("weight", "bias") or leaf not in module._parameters]
+    if strange:
+        return f"a {cls.__name__} holds it, and no row of a batch can have a {strange[0]!r} of its own there"
+    if "weight" not in module._parameters or "lora_heads" in module._modules:
+        return f"another adapter has a full copy of this {cls.__name__} (a head)"
+    if is_norm(module):
+        return NormSlots
+    if path.rpartition(".")[2] == "relative_attention_bias":
+        return "is looked up by pairs of positions, so no row of a batch can have its own"
+    known = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or cls.__name__ == "Conv1D"
+    target = target_of(module, path, parent, ours=True) if known else f"a {cls.__name__} cannot differ per row"
+    if isinstance(target, str):
+        return target
+    if isinstance(module, nn.Linear) and cls.forward is not nn.Linear.forward:
+        return f"{cls.__name__} has a forward of its own, which is not a plain product"
+    return {"linear": LinearSlots, "conv2d": ConvSlots, "embedding": EmbeddingSlots}[target.kind]
+
+
+def make_slots(module: nn.Module, path: str, kind: type[SiteSlots], num_slots: int) -> SiteSlots:
+    """Empty slots for a module that gets them for the first time."""
+    one_entry = is_expert(path)
+    if kind is LinearSlots:
+        transposed = original_class(type(module)).__name__ == "Conv1D"
+        return LinearSlots(module, num_slots, one_entry, transposed)
+    return kind(module, num_slots, one_entry)

@@ -1,0 +1,157 @@
+"""``switch_task``: one sparse adapter's fine-tune in the weights themselves, and back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_fuse.adapters.sparse_adapter import SparseAdapter
+from lora_fuse.nn.attachment import ActiveTask, Attachment, attachment_of, unwrap
+from lora_fuse.nn.selection import Selection
+from lora_fuse.nn.sparse_site import placed
+from lora_fuse.sparse import SparseMatrix
+
+
+@torch.no_grad()
+def switch_task(model: nn.Module, name: str | None) -> None:
+    """Make the whole model one task's fine-tune, in place: ``W[kept] = theta_t[kept]``, and its other parameters whole.
+
+    Forwards then run at the bare model's speed, for every row alike, and the task's heads are used. What was
+    overwritten is kept (as many bytes as the adapter has values) and put back, bit for bit, by ``switch_task(model,
+    None)``; switching from one task to another puts it back first. A state dict taken meanwhile is the fine-tune's.
+
+    While a task is switched in, selecting adapters for rows is refused, and so are ``add_adapter``, ``swap_adapter``,
+    ``remove_adapter`` and ``fuse``; ``detach`` switches back first.
+
+    Args:
+        model: an attached model; no forward of it may be running, on any thread.
+        name: an attached ``SparseAdapter``, or None: the merged weights.
+    Raises:
+        ValueError: no sparse adapter of that name is attached, adapters are selected for rows (the model's default, or
+            a ``use_adapters`` block), or a parameter has gone or changed its shape. The model is then as it was.
+    """
+    attachment = attachment_of(model)
+    model = unwrap(model)
+    with attachment.changing:
+        before = attachment.active
+        if name == (None if before is None else before.name):
+            return
+        if name is not None:
+            _refuse(attachment, name)
+        old = [] if before is None else _places(model, attachment.tasks[before.name])
+        new = [] if name is None else _places(model, attachment.tasks[name])
+        saved: dict[str, Tensor] = {}
+        try:
+            for place in old:
+                place.write(before.saved[place.name])  # type: ignore[union-attr]
+            for place in new:
+                place.exchange(saved)
+        except BaseException:
+            for place in new:
+                place.undo(saved)
+            for place in old:
+                place.write(place.own)
+            raise
+        attachment.active = None if name is None else ActiveTask(name, saved)
+        attachment.serving.task = None if name is None else attachment.serving.published.leases[name].index
+
+
+def _refuse(attachment: Attachment, name: str) -> None:
+    serving = attachment.serving
+    serving.published.lease(name, "name")
+    if name not in attachment.tasks:
+        raise ValueError(
+            f"name: {name!r} is a LoraAdapter; switch_task takes {sorted(attachment.tasks)} (sparse adapters), "
+            "lora_fuse.fuse merges a LoraAdapter into the weights"
+        )
+    if not selects_base(serving.default.selection):
+        raise ValueError("model: its default selection has adapters for rows; call set_adapters(model, None) first")
+    if any(not selects_base(context.selection) for context in list(serving.contexts)):
+        raise ValueError("model: a use_adapters block selects adapters for rows; leave it first")
+
+
+def selects_base(selection: Selection) -> bool:
+    """Whether a selection gives every row the base model."""
+    return not any(selection.entries) and not selection.tenants
+
+
+def refuse_while_switched(attachment: Attachment, what: str) -> None:
+    """Raise ``ValueError`` if a task is in the weights."""
+    if attachment.active is not None:
+        raise ValueError(
+            f"{what}: the model is switched to {attachment.active.name!r}; call switch_task(model, None) first"
+        )
+
+
+def undo_switch(model: nn.Module, attachment: Attachment) -> None:
+    """What ``switch_task(model, None)`` does, for ``detach``."""
+    if attachment.active is not None:
+        switch_task(model, None)
+
+
+@dataclass
+class _Place:
+    """One parameter or buffer of the model, and a task's own values there.
+
+    Args:
+        matrix: where the values lie; None: they are the whole tensor.
+    """
+
+    name: str
+    param: Tensor
+    matrix: SparseMatrix | None
+    own: Tensor
+    version: int = -1
+
+    def write(self, values: Tensor, saved: Tensor | None = None) -> None:
+        param = self.param.detach()
+        values = values.to(param.device, param.dtype)
+        if self.matrix is None:
+            if saved is not None:
+                saved.copy_(param)
+            param.copy_(values)
+            return
+        flat = param.reshape(self.matrix.shape)  # a view if the parameter is contiguous
+        self.matrix.write_into(flat, values, saved)
+        if flat.data_ptr() != param.data_ptr():
+            param.copy_(flat.view(param.shape))
+
+    def exchange(self, saved: dict[str, Tensor]) -> None:
+        """Write the task's values; what they overwrite goes to ``saved``."""
+        self.version = -1 if self.param.is_inference() else self.param._version
+        saved[self.name] = torch.empty_like(self.own, dtype=self.param.dtype, device=self.param.device)
+        self.write(self.own, saved[self.name])
+
+    def undo(self, saved: Mapping[str, Tensor]) -> None:
+        """Take an ``exchange`` back, if it came to pass."""
+        if self.name in saved and (self.param.is_inference() or self.param._version != self.version):
+            self.write(saved[self.name])
+
+
+def _places(model: nn.Module, adapter: SparseAdapter) -> list[_Place]:
+    """Every parameter that a task has values for, checked as far as a write could fail."""
+    places = []
+    for name in (*adapter.matrices, *adapter.dense):
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"{name}: the model has no module {path!r} any more") from None
+        param = module._parameters.get(leaf)
+        param = module._buffers.get(leaf) if param is None else param
+        if param is None:
+            raise ValueError(f"{name}: {type(module).__name__} has no such parameter any more")
+        matrix = adapter.matrices.get(name)
+        shape = adapter.dense[name].shape if matrix is None else adapter.shapes[name]
+        if tuple(param.shape) != tuple(shape) or param.device.type == "meta":
+            raise ValueError(
+                f"{name}: is {list(param.shape)} on {param.device}, accepted is {list(shape)} with its data at hand"
+            )
+        if param.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name}: was made in inference mode; call switch_task inside torch.inference_mode()")
+        own = adapter.dense[name] if matrix is None else matrix.values
+        places.append(_Place(name, param, None if matrix is None else placed(matrix, param.device), own))
+    return places
