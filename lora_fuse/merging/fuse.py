@@ -27,6 +27,7 @@ from lora_fuse.merging.terms import (
     refuse_absolute,
 )
 from lora_fuse.merging.update import accumulation_dtype, dora_scale, stacked_factors
+from lora_fuse.nn.sparse_site import SiteSlots
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _Rounder: TypeAlias = Callable[[Tensor, torch.dtype], Tensor]
@@ -86,6 +87,7 @@ def fuse(
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
     model_, originals = _plain(model), _originals(model)
+    _refuse_sparse(model_)
     if originals is not None and not backup:
         raise ValueError("backup: an earlier fuse of this model kept a backup; unfuse it first, or pass backup=True")
     writes = _plan(model_, adapters, weights, modules_to_save, allow_tied, fused=originals is not None)
@@ -119,6 +121,7 @@ def unfuse(model: ModelT) -> ModelT:
     model_, originals = _plain(model), _originals(model)
     if originals is None:
         raise ValueError("model: has no backup to restore; nothing was fused into it, or fuse ran with backup=False")
+    _refuse_sparse(model_)
     pairs = []
     modules = require_modules(model_, [name.rpartition(".")[0] for name in originals])
     for name, before in originals.items():
@@ -137,6 +140,18 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model under ``torch.compile``'s wrapper."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    """ValueError if sparse adapters rely on the weights as they are."""
+    for path, module in model.named_modules():
+        attachment = module.__dict__.get("lora_attachment")
+        slots = module._modules.get("lora_sparse")
+        if (attachment is not None and attachment.tasks) or (isinstance(slots, SiteSlots) and slots.filled):
+            raise ValueError(
+                f"model: sparse adapters are attached{f' at {path}' if path else ''}, and they belong to these very "
+                "weights; detach (or remove_adapter) them first"
+            )
 
 
 def _originals(model: nn.Module) -> dict[str, Tensor] | None:

@@ -162,15 +162,7 @@ def _head(
         return {}, f"a {original_class(type(module)).__name__} with modules inside cannot be copied per task"
     if isinstance(places.modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
         return {}, "nn.MultiheadAttention reads this module's weight and never calls it"
-    tensors = dict(module.state_dict())
-    for leaf in own.names:
-        values = own.values(leaf, tensors[leaf]) if tensors[leaf].dim() > 1 else None
-        name = own.names[leaf]
-        dense = own.adapter.dense.get(name)
-        if dense is None:
-            assert values is not None
-            dense = values.to_dense(tensors[leaf].reshape(values.shape)).view(tensors[leaf].shape)
-        tensors[leaf] = dense
+    tensors = {leaf: own.whole(leaf, merged) for leaf, merged in module.state_dict().items()}
     tensors.update(leaves)
     return tensors, heads.misfit(module, tensors)
 

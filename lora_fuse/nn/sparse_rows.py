@@ -56,9 +56,8 @@ class NormSlots(SiteSlots):
         self.store = HeadCopies(template_of(owner))
 
     def _write(self, slot: int, own: Own) -> None:
-        merged = self.owner.state_dict()
-        changed = {leaf: own.adapter.dense[name] for leaf, name in own.names.items()}
-        self.store.put(slot, {**merged, **changed}, self.owner)
+        tensors = {leaf: own.whole(leaf, merged) for leaf, merged in self.owner.state_dict().items()}
+        self.store.put(slot, tensors, self.owner)
 
     def _clear(self, slot: int) -> None:
         self.store.put(slot, None, self.owner)

@@ -53,6 +53,16 @@ class Own:
         own = self.adapter.dense[name].to(merged.device).flatten(1)
         return SparseMatrix.from_mask(own, own != merged.detach().flatten(1))
 
+    def whole(self, leaf: str, merged: Tensor) -> Tensor:
+        """``theta_t``'s own parameter, all of it."""
+        name = self.names.get(leaf)
+        if name is None:
+            return merged.detach()
+        if name in self.adapter.dense:
+            return self.adapter.dense[name]
+        matrix = placed(self.adapter.matrices[name], merged.device)
+        return matrix.to_dense(merged.detach().reshape(matrix.shape)).view(merged.shape)
+
     def residual(self, leaf: str, merged: Tensor) -> SparseMatrix | None:
         """``theta_t - theta*`` of a parameter with two dimensions or more, viewed as a matrix; None: no difference."""
         name = self.names.get(leaf)
