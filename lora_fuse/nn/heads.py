@@ -106,7 +106,7 @@ class MultiHead(AdaptedModule):
         ids = isinstance(self, nn.Embedding)
         row_wise = isinstance(self, (nn.Linear, nn.Embedding, nn.LayerNorm)) and len(args) == 1 and not kwargs
         if serving.task in copies:
-            return run(cast(int, serving.task), args, kwargs)
+            return run(serving.task, args, kwargs)
         snapshot, seq = serving.current()
         return HeadRun(self.lora_path, copies, run, row_wise, ids)(snapshot, seq, args, kwargs)
 
@@ -237,7 +237,7 @@ def _run_heads(
 
     task = BY_HANDLE[handle].task
     if task in copies:
-        return run(cast(int, task), (x,), {})  # type: ignore[no-any-return]
+        return run(task, (x,), {})  # type: ignore[no-any-return]
     snapshot, seq = snapshot_of(token, handle)
     return HeadRun("a head", copies, run, True)(snapshot, seq, (x,), {})  # type: ignore[no-any-return]
 

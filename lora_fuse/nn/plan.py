@@ -112,7 +112,7 @@ def plan(
                 result.new_heads[home] = (module, heads.head_class(module))
         _refuse_offenders(name, adapter, offenders, f"{len(adapter.layers) + len(adapter.modules_to_save)} modules")
         result.adapters[name] = fitted
-    changed = {path: "values of its own" for path in (*sparse, *result.new_sparse)}
+    changed = dict.fromkeys((*sparse, *result.new_sparse), "values of its own")
     _refuse_overlaps({**changed, **dict.fromkeys(fits, "LoRA factors")}, [*head_widths, *result.new_heads])
     heads.refuse_mixed_kinds(result.adapters, modules, head_widths)
     return result
@@ -146,7 +146,8 @@ def _refuse_offenders(name: str, adapter: LoraAdapter | SparseAdapter, offenders
         shown = "\n  ".join(offenders[:_LISTED])
         more = f"\n  and {len(offenders) - _LISTED} more" if len(offenders) > _LISTED else ""
         raise ValueError(
-            f"adapter {name!r} ({adapter.source}) does not fit this model, {len(offenders)} of {total}:\n  {shown}{more}"
+            f"adapter {name!r} ({adapter.source}) does not fit this model, {len(offenders)} of {total}:"
+            f"\n  {shown}{more}"
         )
 
 

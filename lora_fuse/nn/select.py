@@ -43,8 +43,8 @@ def use_adapters(model: nn.Module, selection: SelectionLike) -> Iterator[None]:
             slots (-1 = base). An entry is a name, None (base), or ``{name: weight, ...}``.
     Raises:
         ValueError, TypeError: an unknown name (those attached are listed), a weight that is not finite, a slot that
-            holds no adapter (its row is named), or a task is switched in (``switch_task``). A list of the wrong length is refused by the forward, which says both
-            lengths.
+            holds no adapter (its row is named), or a task is switched in (``switch_task``). A list of the wrong length
+            is refused by the forward, which says both lengths.
     """
     serving = attachment_of(model).serving
     context: Context = serving.enter(_parse(model, selection))

@@ -68,6 +68,7 @@ class _Local(threading.local):
     snapshot: Snapshot | None = None
     seq: int | None = None
     cache: dict[Any, Routing | None] | None = None
+    batch: int | None = None  # samples in the outermost forward's input
     outer: tuple[Any, ...] = ()
     contexts: tuple[Context, ...] = ()
     expand: int = 1
@@ -145,7 +146,7 @@ class Serving:
     def enter(self, selection: Selection) -> Context:
         """Make a selection current for the calling thread; returns what ``leave`` wants."""
         context, local = Context(selection), self.local
-        context.running = (local.snapshot, local.seq, local.cache, local.outer)
+        context.running = (local.snapshot, local.seq, local.cache, local.batch, local.outer)
         with self.lock:
             self.contexts.add(context)
         local.contexts = (*local.contexts, context)
@@ -156,7 +157,7 @@ class Serving:
         local = self.local
         local.contexts = tuple(c for c in local.contexts if c is not context)
         if len(local.outer) > len(context.running[-1]):
-            local.snapshot, local.seq, local.cache, local.outer = context.running
+            local.snapshot, local.seq, local.cache, local.batch, local.outer = context.running
 
     def _ambient(self) -> tuple[Snapshot, int | None]:
         """The snapshot that a forward starting now on this thread takes, and its sequence length if that is known."""
@@ -196,11 +197,12 @@ class Serving:
             ValueError: a list selection's length is not the batch size.
         """
         local = self.local
-        local.outer = (*local.outer, (local.snapshot, local.seq, local.cache))
+        local.outer = (*local.outer, (local.snapshot, local.seq, local.cache, local.batch))
         snapshot, seq = self._ambient()
-        x = batched_input(args, kwargs)
+        x, local.batch = batched_input(args, kwargs), None
         if x is not None:
             seq = check_batch(snapshot, x)
+            local.batch = batch_size(snapshot, x)
         local.snapshot, local.seq, local.cache = snapshot, seq, snapshot.cache(seq)
 
     def end(self, output: Any) -> None:
@@ -208,7 +210,7 @@ class Serving:
         local = self.local
         snapshot, seq = local.snapshot, local.seq
         if local.outer:
-            *rest, (local.snapshot, local.seq, local.cache) = local.outer
+            *rest, (local.snapshot, local.seq, local.cache, local.batch) = local.outer
             local.outer = tuple(rest)
         if snapshot is not None and torch.is_grad_enabled():
             for tensor in _tensors(output):
@@ -238,6 +240,11 @@ def check_batch(snapshot: Snapshot, x: Tensor) -> int | None:
         )
     is_sequence = x.dim() == 3 or (x.dim() == 2 and not x.dtype.is_floating_point)
     return int(x.shape[1 - dim]) if is_sequence and dim < 2 else None
+
+
+def batch_size(snapshot: Snapshot, x: Tensor) -> int | None:
+    """How many samples the model's input has."""
+    return int(x.shape[snapshot.batch_dim]) if snapshot.batch_dim < x.dim() else None
 
 
 def batched_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Where a sparse adapter's parameters are used in a model, found out (or refused by name) before anything is changed."""
+"""Where a sparse adapter's parameters are used in a model; refused by name before anything is changed."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def fit(name: str, adapter: SparseAdapter, places: Places) -> tuple[FittedSparse
             offenders.append(f"{path}.{next(iter(leaves))}: {why}")
         fitted.heads[path] = tensors
     for path, of_module in names.items():
-        why = slots_of(places.modules, path, of_module)
-        if isinstance(why, str):
-            offenders += [f"{parameter}: {why}" for parameter in of_module.values()]
+        kind = slots_of(places.modules, path, of_module)
+        if isinstance(kind, str):
+            offenders += [f"{parameter}: {kind}" for parameter in of_module.values()]
         fitted.sites[path] = Own(adapter, of_module)
     return fitted, offenders
 
@@ -142,9 +142,9 @@ def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
             raise ValueError(f"{where}: {parameter} is on the meta device, it has no data (offloaded?)")
         if places.fingerprint(parameter) != expected:
             raise ValueError(
-                f"{where}: the model's {parameter} ({tensor.dtype}, shape {list(tensor.shape)}) is not the merged weight "
-                "that the adapter was made against; load the merged weights into the model first (and cast the model "
-                "after attach, not before)"
+                f"{where}: the model's {parameter} ({tensor.dtype}, shape {list(tensor.shape)}) is not the merged "
+                "weight that the adapter was made against; load the merged weights into the model first (and cast the "
+                "model after attach, not before)"
             )
     shapes = {**adapter.shapes, **{parameter: t.shape for parameter, t in adapter.dense.items()}}
     for parameter, shape in shapes.items():
@@ -153,9 +153,7 @@ def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
             raise ValueError(f"adapter {name!r}: {parameter} has shape {list(shape)}, the model's {list(merged.shape)}")
 
 
-def _head(
-    path: str, leaves: Mapping[str, Tensor], own: Own, places: Places
-) -> tuple[dict[str, Tensor], str | None]:
+def _head(path: str, leaves: Mapping[str, Tensor], own: Own, places: Places) -> tuple[dict[str, Tensor], str | None]:
     """All tensors of the task's copy of a module, and why it cannot be had."""
     module = places.modules[path]
     if any(not child.startswith("lora_") for child in module._modules):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.nn.heads import HeadCopies, template_of
-from lora_fuse.nn.linear import original_class
+from lora_fuse.nn.linear import AdaptedModule, original_class
 from lora_fuse.nn.selection import Snapshot
 from lora_fuse.nn.sparse_site import Call, Own, SiteSlots, placed, touched_rows
 from lora_fuse.sparse import SparseMatrix
@@ -121,11 +121,7 @@ class EmbeddingSlots(SiteSlots):
     def serve(self, y: Tensor, ids: Tensor, call: Call) -> Tensor:
         repeat = _repeat(ids, call.snapshot, call.seq, call.path)
         if repeat is not None:
-            axis = call.snapshot.batch_dim
-            if ids.dim() == 1:
-                ids, y = ids.unsqueeze(axis), y.unsqueeze(axis)
-            shape = (*ids.shape[:axis], repeat, *ids.shape[axis + 1 :])
-            ids, y = ids.expand(shape), y.expand(*shape, y.shape[-1])
+            y, ids = _spread(y, ids, call.snapshot.batch_dim, repeat)
         routing = call.routing(tuple(ids.shape), y.device)
         if routing is None:
             return y
@@ -139,13 +135,29 @@ class EmbeddingSlots(SiteSlots):
         return replace_rows(flat, routing, own_rows).view(y.shape)
 
     def traced_shape(self, y: Tensor, ids: Tensor) -> Tensor:
-        axis = self.owner.lora_serving.batch_dim  # type: ignore[union-attr]
-        if ids.dim() > axis and ids.dim() > 1 and ids.shape[axis] == 1:
-            raise RuntimeError(
-                f"{self.owner.lora_path}: is looked up once for the whole batch (ids {list(ids.shape)}), which cannot "
-                "be compiled while its rows differ by task; pass position_ids with a row for every sample"
-            )
-        return super().traced_shape(y, ids)
+        serving = cast(AdaptedModule, self.owner).lora_serving
+        axis = serving.batch_dim
+        if not _alone(ids, axis) or ids.dim() == 1 or serving.local.batch == 1:
+            return super().traced_shape(y, ids)
+        sizes = [*y.shape]
+        sizes[axis] = torch.library.get_ctx().new_dynamic_size()  # type: ignore[call-overload]
+        return y.new_empty(sizes)
+
+    def spread(self, y: Tensor, ids: Tensor, batch: int | None) -> tuple[Tensor, Tensor]:
+        axis = cast(AdaptedModule, self.owner).lora_serving.batch_dim
+        return (y, ids) if batch is None or ids.dim() == 1 or not _alone(ids, axis) else _spread(y, ids, axis, batch)
+
+
+def _alone(ids: Tensor, axis: int) -> bool:
+    """Whether these ids may be looked up once for all samples."""
+    return ids.dim() == 1 or (axis < ids.dim() and ids.shape[axis] == 1)
+
+
+def _spread(y: Tensor, ids: Tensor, axis: int, batch: int) -> tuple[Tensor, Tensor]:
+    if ids.dim() == 1:
+        ids, y = ids.unsqueeze(axis), y.unsqueeze(axis)
+    shape = (*ids.shape[:axis], batch, *ids.shape[axis + 1 :])
+    return y.expand(*shape, y.shape[-1]), ids.expand(shape)
 
 
 def _repeat(ids: Tensor, snapshot: Snapshot, seq: int | None, path: str) -> int | None:
@@ -154,9 +166,8 @@ def _repeat(ids: Tensor, snapshot: Snapshot, seq: int | None, path: str) -> int 
     Raises:
         ValueError: one-dimensional ids that may be positions or samples, as many of the one as of the other.
     """
-    n, axis, size = snapshot.num_samples, snapshot.batch_dim, ids.numel()
-    alone = ids.dim() == 1 or (axis < ids.dim() and ids.shape[axis] == 1)
-    if snapshot.kind == "uniform" or not alone or not size:
+    n, size = snapshot.num_samples, ids.numel()
+    if snapshot.kind == "uniform" or not size or not _alone(ids, snapshot.batch_dim):
         return None
     if snapshot.kind == "tokens":
         return n // size if size != n and n % size == 0 else None
@@ -166,8 +177,8 @@ def _repeat(ids: Tensor, snapshot: Snapshot, seq: int | None, path: str) -> int 
         return None
     if seq == n > 1:
         raise ValueError(
-            f"{path}: cannot tell whether its {n} ids are one per sample or one per position, the batch has {n} samples "
-            f"of length {n}; select one entry for the whole batch, or run this batch in two parts"
+            f"{path}: cannot tell whether its {n} ids are one per sample or one per position, the batch has {n} "
+            f"samples of length {n}; select one entry for the whole batch, or run this batch in two parts"
         )
     return n
 
@@ -200,4 +211,3 @@ def _write_entries(rows: Tensor, matrix: SparseMatrix, ids: Tensor, scale: Tenso
         columns = columns[entries].long()
     place = torch.repeat_interleave(torch.arange(n, device=ids.device) * matrix.num_cols, counts, output_size=total)
     return rows.reshape(-1).scatter(0, place + columns, values.to(rows.dtype)).view(rows.shape)
-

@@ -25,7 +25,7 @@ from lora_fuse.nn.linear import AdaptedModule, MultiLoRALinear, rebuildable, wra
 from lora_fuse.nn.selection import Snapshot
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.targets import device_of, is_hooked
-from lora_fuse.nn.traced import run_as_plain_python, snapshot_of
+from lora_fuse.nn.traced import batch_of, run_as_plain_python, snapshot_of
 from lora_fuse.ops._library import LIBRARY
 from lora_fuse.ops.eager import under_transform
 from lora_fuse.sparse import SparseMatrix
@@ -90,9 +90,7 @@ def placed(matrix: SparseMatrix, device: torch.device, dtype: torch.dtype | None
     if matrix.values.device == device and dtype in (None, matrix.values.dtype):
         return matrix
     columns, bitmap = (None if t is None else t.to(device) for t in (matrix.columns, matrix.bitmap))
-    return SparseMatrix(
-        matrix.values.to(device, dtype), matrix.row_starts.to(device), columns, bitmap, matrix.num_cols
-    )
+    return SparseMatrix(matrix.values.to(device, dtype), matrix.row_starts.to(device), columns, bitmap, matrix.num_cols)
 
 
 class SiteSlots(nn.Module):
@@ -140,7 +138,7 @@ class SiteSlots(nn.Module):
     def concerns(self, snapshot: Snapshot) -> bool:
         """Whether any row's adapter changes anything here."""
         filled = self.filled
-        return any([lease.index in filled for lease in snapshot.leases])
+        return any(lease.index in filled for lease in snapshot.leases)
 
     def _write(self, slot: int, own: Own) -> None:
         raise NotImplementedError
@@ -153,8 +151,12 @@ class SiteSlots(nn.Module):
         raise NotImplementedError
 
     def traced_shape(self, y: Tensor, x: Tensor) -> Tensor:
-        """An empty tensor of the shape that ``serve`` returns, while tracing."""
+        """An empty tensor of the shape that ``serve`` returns to compiled code."""
         return torch.empty_like(y)
+
+    def spread(self, y: Tensor, x: Tensor, batch: int | None) -> tuple[Tensor, Tensor]:
+        """The same, with a row for every sample whatever is selected: compiled code wants one shape."""
+        return y, x
 
     def extra_repr(self) -> str:
         return f"slots={sorted(self.filled)} of {self.num_slots}"
@@ -293,8 +295,17 @@ def _serve_sparse(y: Tensor, x: Tensor, token: Tensor | None, handle: int, site:
     path = str(slots.owner.lora_path)
     if slots.one_entry:
         snapshot.require_one_entry(path)
-    y = y.clone()  # an op's output is the caller's to overwrite
-    return slots.serve(y, x, Call(snapshot, seq, path, False, True)) if slots.concerns(snapshot) else y
+    y, x = slots.spread(y, x, batch_of(token, handle))
+    y = y.clone(memory_format=torch.contiguous_format)  # an op's output is the caller's to overwrite
+    if not slots.concerns(snapshot):
+        return y
+    served = slots.serve(y, x, Call(snapshot, seq, path, False, True))
+    if served.shape != y.shape:
+        raise ValueError(
+            f"{path}: compiled code wants one shape whatever is selected, and cannot repeat {list(y.shape)} for every "
+            "sample; give it ids with a row for each"
+        )
+    return served.contiguous()
 
 
 run_as_plain_python(_serve_sparse)

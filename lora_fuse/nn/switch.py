@@ -140,7 +140,7 @@ def _places(model: nn.Module, adapter: SparseAdapter) -> list[_Place]:
             module = model.get_submodule(path)
         except AttributeError:
             raise ValueError(f"{name}: the model has no module {path!r} any more") from None
-        param = module._parameters.get(leaf)
+        param: Tensor | None = module._parameters.get(leaf)
         param = module._buffers.get(leaf) if param is None else param
         if param is None:
             raise ValueError(f"{name}: {type(module).__name__} has no such parameter any more")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_fuse.nn.serving import BY_HANDLE, Serving, check_batch
+from lora_fuse.nn.serving import BY_HANDLE, Serving, batch_size, check_batch
 from lora_fuse.ops._library import LIBRARY
 
 if TYPE_CHECKING:
@@ -46,17 +46,23 @@ def _serving(handle: int) -> Serving:
 
 def _pin(x: Tensor, handle: int) -> Tensor:
     snapshot, seq = _serving(handle).current()
-    seq = check_batch(snapshot, x)
+    seq, batch = check_batch(snapshot, x), batch_size(snapshot, x)
     token = torch.zeros(1, dtype=torch.int64, device=x.device)
     # Lives, and keeps the slots on loan, for as long as the token does.
-    token.lora_pinned = (snapshot, seq)  # type: ignore[attr-defined]
+    token.lora_pinned = (snapshot, seq, batch)  # type: ignore[attr-defined]
     return token
 
 
 def snapshot_of(token: Tensor | None, handle: int) -> tuple[Snapshot, int | None]:
     """What the token pinned, or else what the calling thread works under."""
-    pinned: tuple[Snapshot, int | None] | None = getattr(token, "lora_pinned", None)
-    return pinned or _serving(handle).current()
+    pinned: tuple[Snapshot, int | None, int | None] | None = getattr(token, "lora_pinned", None)
+    return _serving(handle).current() if pinned is None else pinned[:2]
+
+
+def batch_of(token: Tensor | None, handle: int) -> int | None:
+    """How many samples the outermost forward's input has, if one is running."""
+    pinned: tuple[Snapshot, int | None, int | None] | None = getattr(token, "lora_pinned", None)
+    return _serving(handle).local.batch if pinned is None else pinned[2]
 
 
 def _current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> tuple[Tensor, ...]:

@@ -14,7 +14,6 @@ from sparse_models import fine_tuned, materialised, model_of, sparse_adapter
 from torch import Tensor, nn
 
 import lora_fuse as lf
-from lora_fuse.adapters.sparse_adapter import SparseAdapter
 
 
 class Own(nn.Linear):
@@ -77,7 +76,8 @@ def snapshot(model: nn.Module) -> Any:
 
 def assert_unchanged(model: nn.Module, before: Any) -> None:
     state, modules = snapshot(model)
-    assert modules == before[1] and all(torch.equal(t, before[0][name]) for name, t in state.items())
+    assert modules == before[1]
+    assert all(torch.equal(t, before[0][name]) for name, t in state.items())
 
 
 @pytest.mark.parametrize("case", UNSERVABLE)
@@ -88,7 +88,8 @@ def test_unservable_parameters(case: str) -> None:
     adapter, before = sparse_adapter(model, fine_tuned(model, 1), 0.5), snapshot(model)
     with pytest.raises(ValueError) as caught:
         lf.attach(model, {"t": adapter})
-    assert why in str(caught.value) and "adapter 't'" in str(caught.value)
+    assert why in str(caught.value)
+    assert "adapter 't'" in str(caught.value)
     assert_unchanged(model, before)
 
 
@@ -98,10 +99,10 @@ def test_running_statistics_of_the_tasks_own() -> None:
     state = model.state_dict()
     whole = {name: t for name, t in adapter.dense.items() if name.startswith("0")}
     same = replace(adapter, dense={**whole, "1.running_mean": state["1.running_mean"].clone()})
-    prints = {**adapter.fingerprint, "1.running_mean": lf.adapters.sparse_adapter.fingerprint(state["1.running_mean"])}  # type: ignore[attr-defined]
+    prints = {**adapter.fingerprint, "1.running_mean": lf.adapters.sparse_adapter.fingerprint(state["1.running_mean"])}
     lf.detach(lf.attach(model, {"t": replace(same, fingerprint=prints)}))
     other = replace(same, dense={**whole, "1.running_mean": torch.ones(4)}, fingerprint=prints)
-    with pytest.raises(ValueError, match="1.running_mean: a BatchNorm1d holds it"):
+    with pytest.raises(ValueError, match=r"1\.running_mean: a BatchNorm1d holds it"):
         lf.attach(model, {"t": other})
 
 
@@ -109,8 +110,8 @@ def test_other_weights_than_the_merged_ones() -> None:
     model, _ = model_of("tokens")
     adapter = sparse_adapter(model, fine_tuned(model, 1))
     with torch.no_grad():
-        model.rms.weight[3] += 1e-6  # type: ignore[union-attr, operator, index]
-        model.up.weight[0, 0] += 1e-6  # type: ignore[union-attr, operator, index]
+        model.rms.weight[3] += 1e-6
+        model.up.weight[0, 0] += 1e-6
     before = snapshot(model)
     first = next(n for n in adapter.fingerprint if n in ("rms.weight", "up.weight"))
     with pytest.raises(ValueError, match=f"the model's {first} .* is not the merged weight"):
@@ -125,16 +126,15 @@ def test_parameters_that_the_model_lacks() -> None:
     model, _ = model_of("tokens")
     tuned = fine_tuned(model, 1)
     adapter = sparse_adapter(model, tuned)
-    with pytest.raises(ValueError, match="words.weight: the model has no such parameter, nearest: encoder.words.weight"):
+    with pytest.raises(ValueError, match=r"words\.weight: the model has no .*, nearest: encoder\.words\.weight"):
         lf.attach(nn.ModuleDict({"encoder": model}), {"t": adapter})
     headless = copy.deepcopy(model)
     headless.head = nn.Identity()
     with pytest.raises(ValueError, match=r"(?s)head.weight: the model has no such parameter.*head.bias"):
         lf.attach(headless, {"t": sparse_adapter(model, tuned, heads=["head.*"])})
     tuned.head = nn.Linear(30, 6)
-    with pytest.raises(ValueError, match="head.weight: the saved weight has shape"):
+    with pytest.raises(ValueError, match=r"head\.weight: the saved weight has shape"):
         lf.attach(model, {"t": sparse_adapter(model, tuned, heads=["head.*"])})
-
 
 
 def test_adapters_that_are_damaged() -> None:
@@ -164,7 +164,7 @@ def test_a_layer_that_one_adapter_changes_and_another_replaces() -> None:
         lf.attach(model, {"a": plain, "b": headed})
     assert_unchanged(model, before)
     lf.attach(model, {"b": headed})
-    with pytest.raises(ValueError, match="head.weight: another adapter has a full copy of this Linear"):
+    with pytest.raises(ValueError, match=r"head\.weight: another adapter has a full copy of this Linear"):
         lf.add_adapter(model, "a", plain)
     lf.detach(model)
     lf.attach(model, {"a": plain, "lora": nn_models.adapter(model, ["up"], 2)})
@@ -183,11 +183,11 @@ def test_refused_additions_leave_the_served_rows_alone() -> None:
     adapter = sparse_adapter(model, fine_tuned(model, 1))
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.up.weight += 1  # type: ignore[union-attr, operator]
+        other.up.weight += 1
     foreign = sparse_adapter(other, fine_tuned(other, 2))
     lf.attach(model, {"t": adapter}, num_slots=2)
     for change in (lambda: lf.add_adapter(model, "u", foreign), lambda: lf.swap_adapter(model, "t", foreign)):
-        with pytest.raises(ValueError, match="the model's .* is not the merged weight"):
+        with pytest.raises(ValueError, match=r"the model's .* is not the merged weight"):
             change()
     with torch.no_grad(), lf.use_adapters(model, "t"):
         torch.testing.assert_close(model(x), materialised(bare, adapter)(x), rtol=1e-5, atol=1e-6)

@@ -154,7 +154,8 @@ def test_a_slot_per_token() -> None:
         with lf.use_adapters(model, ENTRIES):
             model(x)
     by_token, base, by_sample = embedded
-    assert torch.equal(by_token, by_sample) and torch.equal(by_token[1], base[1])
+    assert torch.equal(by_token, by_sample)
+    assert torch.equal(by_token[1], base[1])
 
 
 def test_positions_that_could_be_samples_are_refused() -> None:
@@ -171,7 +172,8 @@ def test_positions_that_could_be_samples_are_refused() -> None:
     model, own = lf.attach(copy.deepcopy(bare), {"t": adapter}), materialised(bare, adapter)
     with lf.use_adapters(model, ["t", None, "t"]):
         ids = torch.randint(9, (3, 5))
-        assert torch.equal(model(ids)[[0, 2]], own(ids)[[0, 2]]) and torch.equal(model(ids)[1], bare(ids)[1])
+        assert torch.equal(model(ids)[[0, 2]], own(ids)[[0, 2]])
+        assert torch.equal(model(ids)[1], bare(ids)[1])
         with pytest.raises(ValueError, match="places: cannot tell whether its 3 ids are one per sample"):
             model(torch.randint(9, (3, 3)))
 
@@ -214,8 +216,9 @@ def test_heads_of_several_widths() -> None:
             torch.testing.assert_close(got[i, : len(want)], want, rtol=1e-5, atol=1e-6)
             assert bool((got[i, len(want) :] == -torch.inf).all())
             assert entry is not None or torch.equal(got[i, :6], want)
-        with pytest.raises(ValueError, match="one adapter with a head of its own"), lf.use_adapters(
-            model, {"t0": 0.5, "t1": 0.5}
+        with (
+            pytest.raises(ValueError, match="one adapter with a head of its own"),
+            lf.use_adapters(model, {"t0": 0.5, "t1": 0.5}),
         ):
             model(x)
 
@@ -321,11 +324,14 @@ def test_lora_and_sparse_slots_come_and_go_on_one_layer() -> None:
         lf.attach(model, {order[0]: adapters[order[0]]}, max_rank=4)
         for name in order[1:]:
             lf.add_adapter(model, name, adapters[name])
-        assert isinstance(model.up, SparseSite) and "lora_pool" in model.up._modules
+        assert isinstance(model.up, SparseSite)
+        assert "lora_pool" in model.up._modules
         with torch.no_grad(), lf.use_adapters(model, ENTRIES):
             assert_close(model(x), bare, adapters, ENTRIES, x)
         info = lf.adapters(model)["t1"]
-        assert (info.rank, info.density) == (0, 0.2) and "norm" in info.layers and info.nbytes == sparse["t1"].nbytes
+        assert (info.rank, info.density) == (0, 0.2)
+        assert "norm" in info.layers
+        assert info.nbytes == sparse["t1"].nbytes
         lf.remove_adapter(model, "t1")
         lf.swap_adapter(model, "t0", adapters["t2"])
         with torch.no_grad(), lf.use_adapters(model, ["t2", "t0", None, *["t2"] * 4]):
@@ -335,7 +341,8 @@ def test_lora_and_sparse_slots_come_and_go_on_one_layer() -> None:
         assert len(model.up.lora_sparse.filled) == 2  # what nobody can select is freed
         for name in ("t0", "t2", "lora"):
             lf.remove_adapter(model, name)
-        assert torch.equal(model(x), bare(x)) and not model.up.lora_sparse.filled
+        assert torch.equal(model(x), bare(x))
+        assert not model.up.lora_sparse.filled
         lf.detach(model)
         assert [type(m) for m in model.modules()] == classes
         assert not any("lora" in key for m in model.modules() for key in m.__dict__)
@@ -347,5 +354,7 @@ def test_layers_without_sparse_slots_keep_their_class() -> None:
     with torch.no_grad():
         tuned.words.weight += 1.0
     lf.attach(model, {"t": sparse_adapter(model, tuned, dense=["*"]), "lora": adapters["lora"]})
-    assert type(model.words).__name__ == "SparseEmbedding" and type(model.up).__name__ == "MultiLoRALinear"
-    assert type(model.norm) is nn.LayerNorm and type(model.head) is nn.Linear
+    assert type(model.words).__name__ == "SparseEmbedding"
+    assert type(model.up).__name__ == "MultiLoRALinear"
+    assert type(model.norm) is nn.LayerNorm
+    assert type(model.head) is nn.Linear

@@ -1,4 +1,4 @@
-"""PERU-FFT of whole transformers models, served: mixed batches, switched tasks and the materialised fine-tunes agree."""
+"""PERU-FFT of whole transformers models: mixed batches, switched tasks and the materialised fine-tunes agree."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_generate_with_beams() -> None:
     prompt = {name: t[:3, :4] for name, t in inputs.items()}
     options = {"max_new_tokens": 5, "num_beams": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with lf.use_adapters(model, ["a", None, "b"]):
-        mixed: Any = model.generate(**prompt, **options)  # type: ignore[operator]
+        mixed: Any = model.generate(**prompt, **options)
     for i, name in enumerate(("a", None, "b")):
         bare.load_state_dict(peru.state_dict(name))
         want = bare.generate(**{n: t[i : i + 1] for n, t in prompt.items()}, **options)
