@@ -53,6 +53,8 @@ def test_no_recompilation(kind: str, backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     fast: Any = torch.compile(model, fullgraph=True, backend=counter, dynamic=kind == "tokens")
     with torch.no_grad():
+        fast(x)
+        compiled = counter.frame_count
         for selection in SELECTIONS:
             with lf.use_adapters(fast, selection):
                 torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
@@ -69,7 +71,7 @@ def test_no_recompilation(kind: str, backend: str) -> None:
             lf.switch_task(model, name)
             own = bare if name is None else materialised(bare, adapters[name])
             torch.testing.assert_close(fast(x), own(x), rtol=1e-5, atol=1e-6)
-        assert counter.frame_count == 1
+        assert counter.frame_count == compiled > 0
         with lf.use_adapters(model, ["t1"]):  # a batch of one is always a graph of its own
             torch.testing.assert_close(fast(x[:1]), model(x[:1]), rtol=1e-5, atol=1e-6)
 
