@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lora_fuse.nn import heads
 from lora_fuse.nn.linear import original_class
 from lora_fuse.nn.sparse_rows import EmbeddingSlots, NormSlots, is_norm
 from lora_fuse.nn.sparse_site import ConvSlots, LinearSlots, Own, SiteSlots
-from lora_fuse.nn.targets import is_expert, target_of
+from lora_fuse.nn.targets import conv1d_of, is_expert, target_of
 
 _Span = tuple[int, int]
 
@@ -57,8 +58,21 @@ class Places:
             self._prints[name] = fingerprint(self.tensors[name])
         return self._prints[name]
 
-    def of(self, name: str) -> list[tuple[str, str]] | str:
-        """``(canonical path, leaf)`` of every module that uses this parameter, or why they cannot be told."""
+    def of(self, name: str, adapter: SparseAdapter) -> list[tuple[str, str]] | str:
+        """``(canonical path, leaf)`` of every module that uses this parameter, or why they cannot be told.
+
+        That is whoever holds this very tensor, and whoever holds it under another name that the adapter knows, tied in
+        this model or not.
+        """
+        found: dict[tuple[str, str], None] = {}
+        for one in (name, *(alias for alias, first in adapter.aliases.items() if first == name)):
+            used = self._holders(one) if one in self.tensors else []
+            if isinstance(used, str):
+                return used
+            found.update(dict.fromkeys(used))
+        return [*found]
+
+    def _holders(self, name: str) -> list[tuple[str, str]] | str:
         tensor = self.tensors[name]
         low, high = _span(tensor)
         found = []
@@ -100,7 +114,7 @@ def fit(name: str, adapter: SparseAdapter, places: Places) -> tuple[FittedSparse
     fitted, offenders = FittedSparse(), []
     head_leaves: dict[str, dict[str, Tensor]] = {}
     for parameter, tensor in adapter.heads.items():
-        used = places.of(parameter) if parameter in places.tensors else places.unknown(parameter)
+        used = places.of(parameter, adapter) if parameter in places.tensors else places.unknown(parameter)
         if isinstance(used, str):
             offenders.append(f"{parameter}: {used}")
             continue
@@ -111,7 +125,7 @@ def fit(name: str, adapter: SparseAdapter, places: Places) -> tuple[FittedSparse
         merged, own = places.tensors[parameter], adapter.dense.get(parameter)
         if own is not None and own.dtype == merged.dtype and torch.equal(own.to(merged.device), merged):
             continue  # nothing of the task's own
-        used = places.of(parameter)
+        used = places.of(parameter, adapter)
         if isinstance(used, str):
             offenders.append(f"{parameter}: {used}")
             continue
@@ -133,8 +147,11 @@ def fit(name: str, adapter: SparseAdapter, places: Places) -> tuple[FittedSparse
 
 def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
     adapter.check()
-    for parameter, expected in adapter.fingerprint.items():
-        where = f"adapter {name!r} ({adapter.source})"
+    where, prints = f"adapter {name!r} ({adapter.source})", adapter.fingerprint
+    tied = {
+        alias: prints[first] for alias, first in adapter.aliases.items() if first in prints and alias in places.tensors
+    }
+    for parameter, expected in {**prints, **tied}.items():
         if parameter not in places.tensors:
             raise ValueError(f"{where}: {parameter}: {places.unknown(parameter)}")
         tensor = places.tensors[parameter]
@@ -182,11 +199,12 @@ def slots_of(modules: Mapping[str, nn.Module], path: str, leaves: Mapping[str, s
         return NormSlots
     if path.rpartition(".")[2] == "relative_attention_bias":
         return "is looked up by pairs of positions, so no row of a batch can have its own"
-    known = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or cls.__name__ == "Conv1D"
+    plain: Any = nn.Linear if isinstance(module, nn.Linear) else conv1d_of(module)
+    known = plain is not None or isinstance(module, (nn.Conv2d, nn.Embedding))
     target = target_of(module, path, parent, ours=True) if known else f"a {cls.__name__} cannot differ per row"
     if isinstance(target, str):
         return target
-    if isinstance(module, nn.Linear) and cls.forward is not nn.Linear.forward:
+    if plain is not None and cls.forward is not plain.forward:
         return f"{cls.__name__} has a forward of its own, which is not a plain product"
     return {"linear": LinearSlots, "conv2d": ConvSlots, "embedding": EmbeddingSlots}[target.kind]
 
@@ -195,6 +213,5 @@ def make_slots(module: nn.Module, path: str, kind: type[SiteSlots], num_slots: i
     """Empty slots for a module that gets them for the first time."""
     one_entry = is_expert(path)
     if kind is LinearSlots:
-        transposed = original_class(type(module)).__name__ == "Conv1D"
-        return LinearSlots(module, num_slots, one_entry, transposed)
+        return LinearSlots(module, num_slots, one_entry, transposed=conv1d_of(module) is not None)
     return kind(module, num_slots, one_entry)

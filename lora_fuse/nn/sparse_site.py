@@ -24,7 +24,7 @@ from lora_fuse.nn.conv import columns_of
 from lora_fuse.nn.linear import AdaptedModule, MultiLoRALinear, rebuildable, wrapped_class
 from lora_fuse.nn.selection import Snapshot
 from lora_fuse.nn.serving import Serving
-from lora_fuse.nn.targets import device_of, is_hooked
+from lora_fuse.nn.targets import conv1d_of, device_of, is_hooked
 from lora_fuse.nn.traced import batch_of, run_as_plain_python, snapshot_of
 from lora_fuse.ops._library import LIBRARY
 from lora_fuse.ops.eager import under_transform
@@ -217,7 +217,8 @@ class SparseSite(AdaptedModule):
 
 def sparse_class(module: nn.Module, below: type[nn.Module]) -> type[AdaptedModule]:
     """The class of a layer that gets sparse slots; ``below`` is its own class, or the one that LoRA slots gave it."""
-    made_here = below in (nn.Linear, MultiLoRALinear) or below.__name__ == "Conv1D"
+    conv1d = conv1d_of(module)
+    made_here = below in (nn.Linear, MultiLoRALinear) or (conv1d is not None and below.forward is conv1d.forward)
     fresh = not is_hooked(module) and (made_here or getattr(below, "lora_fresh", False))
     return wrapped_class(SparseSite, below, fresh)
 

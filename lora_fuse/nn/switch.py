@@ -41,7 +41,9 @@ def switch_task(model: nn.Module, name: str | None) -> None:
             return
         if name is not None:
             _refuse(attachment, name)
-        old = [] if before is None else _places(model, attachment.tasks[before.name])
+        old = []
+        if before is not None:
+            old = [p for p in _places(model, attachment.tasks[before.name]) if p.name in before.saved]
         new = [] if name is None else _places(model, attachment.tasks[name])
         saved: dict[str, Tensor] = {}
         try:
@@ -133,25 +135,43 @@ class _Place:
 
 def _places(model: nn.Module, adapter: SparseAdapter) -> list[_Place]:
     """Every parameter that a task has values for, checked as far as a write could fail."""
-    places = []
+    places: list[_Place] = []
     for name in (*adapter.matrices, *adapter.dense):
-        path, _, leaf = name.rpartition(".")
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"{name}: the model has no module {path!r} any more") from None
-        param: Tensor | None = module._parameters.get(leaf)
-        param = module._buffers.get(leaf) if param is None else param
-        if param is None:
-            raise ValueError(f"{name}: {type(module).__name__} has no such parameter any more")
-        matrix = adapter.matrices.get(name)
-        shape = adapter.dense[name].shape if matrix is None else adapter.shapes[name]
-        if tuple(param.shape) != tuple(shape) or param.device.type == "meta":
-            raise ValueError(
-                f"{name}: is {list(param.shape)} on {param.device}, accepted is {list(shape)} with its data at hand"
-            )
-        if param.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(f"{name}: was made in inference mode; call switch_task inside torch.inference_mode()")
-        own = adapter.dense[name] if matrix is None else matrix.values
-        places.append(_Place(name, param, None if matrix is None else placed(matrix, param.device), own))
+        places.append(_place(model, adapter, name, name))
+        for alias in (alias for alias, first in adapter.aliases.items() if first == name):
+            if _holds(model, alias):  # tied in theta*; written unless it is tied here too
+                place = _place(model, adapter, name, alias)
+                if place.param.data_ptr() != places[-1].param.data_ptr():
+                    places.append(place)
     return places
+
+
+def _holds(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    try:
+        return leaf in model.get_submodule(path)._parameters
+    except AttributeError:
+        return False
+
+
+def _place(model: nn.Module, adapter: SparseAdapter, name: str, where: str) -> _Place:
+    """The model's parameter ``where``, and the adapter's values of ``name``."""
+    path, _, leaf = where.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{where}: the model has no module {path!r} any more") from None
+    param: Tensor | None = module._parameters.get(leaf)
+    param = module._buffers.get(leaf) if param is None else param
+    if param is None:
+        raise ValueError(f"{where}: {type(module).__name__} has no such parameter any more")
+    matrix = adapter.matrices.get(name)
+    shape = adapter.dense[name].shape if matrix is None else adapter.shapes[name]
+    if tuple(param.shape) != tuple(shape) or param.device.type == "meta":
+        raise ValueError(
+            f"{where}: is {list(param.shape)} on {param.device}, accepted is {list(shape)} with its data at hand"
+        )
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{where}: was made in inference mode; call switch_task inside torch.inference_mode()")
+    own = adapter.dense[name] if matrix is None else matrix.values
+    return _Place(where, param, None if matrix is None else placed(matrix, param.device), own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,9 @@ def target_of(module: nn.Module, path: str, parent: nn.Module | None, ours: bool
         return f"{cls.__name__} is not supported"
     if isinstance(module, nn.Conv2d):
         return _conv2d(module, cls, hooked)
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if conv1d is not None and isinstance(module, conv1d):
-        in_features, out_features = module.weight.shape
+    conv1d = conv1d_of(module)
+    if conv1d is not None:
+        in_features, out_features = cast(Tensor, module.weight).shape
         fresh = not hooked and cls.forward is conv1d.forward  # a forward of another's may return what it keeps
         adapted = wrapped_class(WrappedLinear, cls, fresh=fresh)
         return Target("linear", (out_features, in_features), adapted)
@@ -98,6 +98,12 @@ def target_of(module: nn.Module, path: str, parent: nn.Module | None, ours: bool
     else:
         adapted = wrapped_class(WrappedLinear, cls)
     return Target("linear", sizes, adapted)  # type: ignore[arg-type]
+
+
+def conv1d_of(module: nn.Module) -> Any:
+    """transformers' Conv1D, whose weight lies ``[in, out]``, if the module is one."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return conv1d if conv1d is not None and isinstance(module, conv1d) else None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -99,6 +99,36 @@ def test_whole_models(build: Any, density: float) -> None:
     assert all(torch.equal(t, bare.state_dict()[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_served_tied_or_not(tied: bool) -> None:
+    """The adapter names one of the two; a model that holds them apart gets the task's values in both."""
+    torch.manual_seed(0)
+    base, inputs, _ = llama()
+    base.eval()
+    peru = lf.peru_fft(base, {"a": fine_tuned(base, 1, 0.5)}, density=0.2)
+    base.load_state_dict(peru.merged)
+    if not tied:
+        base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    bare, own = copy.deepcopy(base), copy.deepcopy(base)
+    own.load_state_dict(peru.state_dict("a"))
+    model = lf.attach(base, peru.adapters)
+    assert {"model.embed_tokens", "lm_head"} <= set(lf.adapters(model)["a"].layers)
+    with lf.use_adapters(model, ["a", None, "a", "a", None, "a"]):
+        mixed = logits(model, inputs)
+    torch.testing.assert_close(mixed[[0, 2, 3, 5]], logits(own, inputs)[[0, 2, 3, 5]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(mixed[[1, 4]], logits(bare, inputs)[[1, 4]])
+    lf.switch_task(model, "a")
+    assert torch.equal(logits(model, inputs), logits(own, inputs))
+    lf.switch_task(model, None)
+    assert all(torch.equal(t, bare.state_dict()[n]) for n, t in model.state_dict().items())
+    lf.detach(model)
+    if not tied:
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] += 1
+        with pytest.raises(ValueError, match=r"the model's lm_head\.weight .* is not the merged weight"):
+            lf.attach(model, peru.adapters)
+
+
 def test_generate_with_beams() -> None:
     torch.manual_seed(0)
     base, inputs, _ = gpt2()
