@@ -30,7 +30,7 @@ from wordnet_tasks import TASKS, load, read_synsets
 from lora_fuse.demo.model import Encoded, TextClassifier, collate, encode, load_encoder, load_tokenizer
 from lora_fuse.demo.packages import WORDNET, fetch
 
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
+LEARNING_RATES = (1e-4, 2e-4)
 SEED = 0
 
 
