@@ -33,8 +33,8 @@ from lora_fuse.demo.packages import cache_folder
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DENSITIES = (0.1, 0.05, 0.01)
-ARITHMETIC = tuple(round(0.1 * i, 1) for i in range(1, 11))
-TIES = tuple(round(0.2 * i, 1) for i in range(1, 11))
+ARITHMETIC = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TIES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8)
 GRID_ROWS = 500  # of each validation part, to choose a scaling
 HEADS = ("classifier.*",)
 
