@@ -90,6 +90,15 @@ def test_evaluate_writes_table_report_and_picture(finetunes, tiny, tmp_path):
     assert (tmp_path / "peru_fft_experiment.png").stat().st_size > 1000
 
 
+def test_mixed_batches_give_what_each_task_gives_alone(finetunes, tiny):
+    given = peru_fft_text.read_inputs(finetunes, finetunes)
+    _, peru = peru_fft_text.compressed("", given.base, given.finetuned, 0.1, "global")
+    served = peru_fft_text.serve(given, peru, finetunes, batch=16)
+    assert served["rows"] == 100
+    assert served["largest_difference"] < 1e-5 * served["largest_logit"]
+    assert served["accuracy"] == served["accuracy_alone"]
+
+
 def test_check_refuses_a_wrong_selection(finetunes, tiny):
     base = load_file(finetunes / "base.safetensors")
     finetuned = {name: load_file(finetunes / f"{name}.safetensors") for name in CLASSES}

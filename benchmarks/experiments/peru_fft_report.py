@@ -40,17 +40,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def verdict(results: Results) -> str:
-    """Whether PERU-FFT at 10 % keeps 98 % of the single-task average and beats every merged model, in a sentence."""
-    peru = results["settings"]["PERU-FFT 10.0%"]
-    merged = {k: v for k, v in results["settings"].items() if k.startswith("merged: ")}
+    """What PERU-FFT keeps at 10 %, with the default scaling and on the merges tuned on validation, against merging."""
+    rows = results["settings"]
+    merged = {k.removeprefix("merged: "): v for k, v in rows.items() if k.startswith("merged: ")}
     best = max(merged, key=lambda k: merged[k]["average"])
-    beaten = sum(peru["average"] > v["average"] for v in merged.values())
-    return (
-        f"PERU-FFT at density 10 % keeps {peru['of_single']:.1%} of the single-task fine-tunes' average accuracy\n"
-        f"({peru['points']:+.2f} points, 95 % interval +-{peru['points_ci95']:.2f}) and beats {beaten} of the "
-        f"{len(merged)} merged models;\nthe best of those ({best.removeprefix('merged: ')}) "
-        f"keeps {merged[best]['of_single']:.1%}."
-    )
+    lines = []
+    for label, entry in rows.items():
+        if label == "PERU-FFT 10.0%" or label.startswith("PERU-FFT 10.0% on "):
+            beaten = sum(entry["average"] > v["average"] for v in merged.values())
+            lines.append(
+                f"- {label}: {entry['of_single']:.2%} of the single-task fine-tunes' average accuracy "
+                f"({entry['points']:+.2f} points, 95 % interval +-{entry['points_ci95']:.2f}); "
+                f"above {beaten} of the {len(merged)} merged models."
+            )
+    lines.append(f"- The best merged model ({best}): {merged[best]['of_single']:.2%}.")
+    return "\n".join(lines)
 
 
 def _row(label: str, entry: Mapping[str, Any], tasks: list[str]) -> list[str]:

@@ -191,9 +191,10 @@ def settings(
     for density in (0.1, 0.01):
         for scope in ("tensor", "row"):
             yield compressed(f"PERU-FFT {density:.1%}, scope {scope}", base, finetuned, density, scope)[0]
-    for label, (state, factor) in merges.items():
-        name = label if label == "average" else f"{label} {factor:g}"
-        yield compressed(f"PERU-FFT 1.0% on {name}", base, finetuned, 0.01, "global", merge=dict(state))[0]
+    for density in (0.1, 0.01):
+        for label, (state, factor) in merges.items():
+            name = f"PERU-FFT {density:.1%} on {label}" + ("" if label == "average" else f" {factor:g}")
+            yield compressed(name, base, finetuned, density, "global", merge=dict(state))[0]
     dense = {name: dict(a.dense) for name, a in peru.adapters.items()}
     size = sum(t.nbytes for d in dense.values() for t in d.values()) / len(dense) / 1e6
     yield Setting("theta* with own biases and norms", lambda n: with_head({**peru.merged, **dense[n]}, n), None, size)
