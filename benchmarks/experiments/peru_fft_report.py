@@ -40,20 +40,23 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def verdict(results: Results) -> str:
-    """What PERU-FFT keeps at 10 %, with the default scaling and on the merges tuned on validation, against merging."""
+    """What is kept at 10 % and 1 %: the default scaling, the merges tuned on validation, no merge; against merging."""
     rows = results["settings"]
     merged = {k.removeprefix("merged: "): v for k, v in rows.items() if k.startswith("merged: ")}
     best = max(merged, key=lambda k: merged[k]["average"])
-    lines = []
-    for label, entry in rows.items():
-        if label == "PERU-FFT 10.0%" or label.startswith("PERU-FFT 10.0% on "):
-            beaten = sum(entry["average"] > v["average"] for v in merged.values())
-            lines.append(
-                f"- {label}: {entry['of_single']:.2%} of the single-task fine-tunes' average accuracy "
-                f"({entry['points']:+.2f} points, 95 % interval +-{entry['points_ci95']:.2f}); "
-                f"above {beaten} of the {len(merged)} merged models."
-            )
-    lines.append(f"- The best merged model ({best}): {merged[best]['of_single']:.2%}.")
+    wanted = [
+        label
+        for density in ("10.0%", "1.0%")
+        for label in rows
+        if label in (f"PERU-FFT {density}", f"post-pruning {density}") or label.startswith(f"PERU-FFT {density} on ")
+    ]
+    lines = [
+        f"- {label}: **{rows[label]['of_single']:.2%}** of the single-task fine-tunes' average accuracy "
+        f"({rows[label]['points']:+.2f} points, 95 % interval +-{rows[label]['points_ci95']:.2f}), above "
+        f"{sum(rows[label]['average'] > v['average'] for v in merged.values())} of the {len(merged)} merged models"
+        for label in wanted
+    ]
+    lines.append(f"- the best merged model ({best}): {merged[best]['of_single']:.2%}")
     return "\n".join(lines)
 
 
@@ -72,13 +75,21 @@ def _row(label: str, entry: Mapping[str, Any], tasks: list[str]) -> list[str]:
 def report(results: Results) -> str:
     """docs/peru_fft_experiment.md."""
     tasks, made = list(results["tasks"]), results["tasks"]
-    first = made[tasks[0]]
+    first, steps = made[tasks[0]], [m["finetuned"]["steps"] for m in made.values()]
     scores = table(
         ["", "average", "of single", *tasks, "MB per task", "energy kept"],
         [_row(label, entry, tasks) for label, entry in results["settings"].items()],
     )
     training = table(
-        ["task", "classes", "train / test", "tuned head", "fine-tune (95 %)", "learning rate", "steps"],
+        [
+            "task",
+            "classes",
+            "train / test",
+            "tuned head",
+            "fine-tune (95 %)",
+            "learning rate",
+            "steps (of a short run)",
+        ],
         [_training(name, m, results["test_examples"][name]) for name, m in made.items()],
     )
     grids = "\n".join(
@@ -120,7 +131,7 @@ largest differences, the fine-tune's values there, theta*'s elsewhere.
 
 All encoder weights and the head, from the head tuned on the frozen encoder (L2 by validation); AdamW, one-cycle, batch
 {first["batch"]}, {arithmetic}, seed {first["seed"]}, torch {first["torch"]}; learning rate by validation after
-{first["finetuned"]["trial_steps"]} steps. The test parts chose nothing.
+short runs. The test parts chose nothing.
 
 Mean validation accuracy by scaling, each task under its own head (the first 500 rows of each task, bf16 autocast):
 
@@ -129,7 +140,7 @@ Mean validation accuracy by scaling, each task under its own head (the first 500
 ## Caveats
 
 - One seed, one encoder, one family of tasks from one source; a task's accuracy is good to about +-2 points.
-- Short fine-tunes ({first["finetuned"]["steps"]} steps): longer ones move further from the base.
+- Short fine-tunes ({min(steps)} to {max(steps)} steps): longer ones move further from the base.
 - A PERU-FFT folder holds theta* whole ({size:.0f} MB here), which the base and the sparse parts do not give back, so
   none is in the repository.
 """
@@ -160,7 +171,7 @@ def _training(name: str, made: Mapping[str, Any], num_test: int) -> list[str]:
         f"{100 * made['head_only']['test']:.1f}",
         f"{100 * tuned['test']:.1f} ({100 * low:.1f}-{100 * high:.1f})",
         f"{tuned['lr']:g} of {', '.join(tuned['validation_by_lr'])}",
-        str(tuned["steps"]),
+        f"{tuned['steps']} ({tuned['trial_steps']})",
     ]
 
 
@@ -173,11 +184,16 @@ def draw(path: Path, results: Results) -> None:
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     entries = results["settings"]
-    for name, marker, color in (("PERU-FFT", "o", "#1f77b4"), ("post-pruning", "s", "#d95f02")):
-        curve = sorted(
-            (e["density"], 100 * e["average"]) for k, e in entries.items() if k.startswith(name) and k.endswith("%")
-        )
-        axes.plot(*zip(*curve, strict=True), marker=marker, color=color, label=name)
+    tuned = next((k.split(" on ")[1] for k in entries if " on task arithmetic" in k), None)
+    curves = {
+        "PERU-FFT (task arithmetic 0.3)": lambda k: k.startswith("PERU-FFT") and k.endswith("%"),
+        f"PERU-FFT ({tuned})": lambda k: k.endswith(f" on {tuned}"),
+        "post-pruning": lambda k: k.startswith("post-pruning"),
+    }
+    for (name, belongs), color in zip(curves.items(), ("#1f77b4", "#1b9e77", "#d95f02"), strict=True):
+        curve = sorted((e["density"], 100 * e["average"]) for k, e in entries.items() if belongs(k))
+        if curve:
+            axes.plot(*zip(*curve, strict=True), marker="o", color=color, label=name)
     for label, entry in entries.items():
         if label == SINGLE or label.startswith(("merged: ", "tuned head")):
             style, color = ("-", "#333333") if label == SINGLE else ("--", "#8c8c8c")
@@ -189,6 +205,6 @@ def draw(path: Path, results: Results) -> None:
     axes.minorticks_off()
     axes.set_xlabel("density")
     axes.set_ylabel("average test accuracy, %")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.93), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

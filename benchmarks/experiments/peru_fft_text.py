@@ -191,8 +191,10 @@ def settings(
     for density in (0.1, 0.01):
         for scope in ("tensor", "row"):
             yield compressed(f"PERU-FFT {density:.1%}, scope {scope}", base, finetuned, density, scope)[0]
-    for density in (0.1, 0.01):
+    for density in DENSITIES:
         for label, (state, factor) in merges.items():
+            if density == 0.05 and label != "task arithmetic":
+                continue
             name = f"PERU-FFT {density:.1%} on {label}" + ("" if label == "average" else f" {factor:g}")
             yield compressed(name, base, finetuned, density, "global", merge=dict(state))[0]
     dense = {name: dict(a.dense) for name, a in peru.adapters.items()}
