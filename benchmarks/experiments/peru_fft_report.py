@@ -98,6 +98,7 @@ def report(results: Results) -> str:
     )
     size = 4 * results["parameters"] / 1e6
     arithmetic = "bf16 autocast" if first["bf16_autocast"] else "fp32"
+    notes = "".join(f"- {note}\n" for note in results.get("notes", []))
     return f"""# PERU-FFT on {len(tasks)} text tasks
 
 Written by `python -m benchmarks.experiments.peru_fft_text evaluate`. Full fine-tunes of MiniLM-L6
@@ -143,7 +144,7 @@ Mean validation accuracy by scaling, each task under its own head (the first 500
 - Short fine-tunes ({min(steps)} to {max(steps)} steps): longer ones move further from the base.
 - A PERU-FFT folder holds theta* whole ({size:.0f} MB here), which the base and the sparse parts do not give back, so
   none is in the repository.
-"""
+{notes}"""
 
 
 def _served(results: Results) -> str:
