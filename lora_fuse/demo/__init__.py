@@ -6,6 +6,7 @@ import importlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from .accuracy import Setting
     from .check import Difference
+    from .finetunes import Kept
     from .latency import Latency
     from .tasks import Task
 
@@ -41,6 +43,7 @@ def run(out: Path, *, data: Path | None = None, quick: bool = False) -> None:
 
     from .accuracy import evaluate
     from .check import against_peft
+    from .finetunes import evaluate_finetunes
     from .latency import THREADS, measure, torch_threads
     from .model import load_encoder, load_tokenizer
     from .packages import cache_folder
@@ -74,7 +77,10 @@ def run(out: Path, *, data: Path | None = None, quick: bool = False) -> None:
                 progress.update(bars[stage], completed=done)
 
             settings = evaluate(encoder, tasks, 2 if quick else 3, advance)
+            kept, difference = evaluate_finetunes(encoder, tasks, advance)
     _print_accuracy(console, tasks, settings)
+    kept[0] = replace(kept[0], scores=settings[1].scores)  # a fused adapter is that adapter
+    _print_finetunes(console, tasks, kept, difference)
 
     picture, figures = out / "demo.png", out / "demo.json"
     draw(picture, tasks, latencies, settings)
@@ -87,6 +93,14 @@ def run(out: Path, *, data: Path | None = None, quick: bool = False) -> None:
                 "latency": [entry._asdict() for entry in latencies],
                 "accuracy": {s.label: {name: score._asdict() for name, score in s.scores.items()} for s in settings},
                 "bytes": {s.label: s.nbytes for s in settings},
+                "finetunes": {
+                    k.label: {
+                        "accuracy": {name: score.mean for name, score in k.scores.items()},
+                        "bytes": k.nbytes,
+                        "switch_ms": k.switch_ms,
+                    }
+                    for k in kept
+                },
             },
             indent=1,
         )
@@ -161,3 +175,29 @@ def _print_accuracy(console: Console, tasks: Sequence[Task], settings: Sequence[
     table.add_row("mean", *(f"{sum(x.mean for x in s.scores.values()) / len(tasks):.3f}" for s in settings))
     table.add_row("MB", *("" if s.nbytes is None else f"{s.nbytes / 1e6:.2f}" for s in settings))
     console.print(table)
+
+
+def _print_finetunes(console: Console, tasks: Sequence[Task], kept: Sequence[Kept], difference: Difference) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"\n{len(tasks)} whole fine-tunes from one set of weights (each adapter fused into its own copy)",
+        title_justify="left",
+        caption="MB: beside one set of weights, all tasks together, positions included, fp32. Switch: from one\n"
+        "task's weights to another's, in place, after which forwards run as fast as the bare model.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for column in ("mean accuracy", "MB", "switch"):
+        table.add_column(column, justify="right")
+    for way in kept:
+        mean = sum(score.mean for score in way.scores.values()) / len(tasks)
+        switch = "" if way.switch_ms is None else f"{way.switch_ms:.1f} ms"
+        table.add_row(way.label, f"{mean:.3f}", f"{way.nbytes / 1e6:.1f}", switch)
+    console.print(table)
+    console.print(
+        f"PERU-FFT's mixed batch, {difference.rows} rows over {len(tasks)} fine-tunes and none, against each one's own "
+        f"model: largest difference {difference.largest:.2g} (values up to {difference.largest_value:.3g})."
+    )

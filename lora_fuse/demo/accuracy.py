@@ -74,8 +74,13 @@ def evaluate(
     import lora_fuse as lf
 
     adapters = {task.name: replace(task.adapter, modules_to_save={}) for task in tasks}
+
+    def attached(adapters: Mapping[str, LoraAdapter]) -> nn.Module:
+        model = TextClassifier(copy.deepcopy(encoder), 0).eval()
+        return lf.attach(model, adapters, num_slots=len(adapters))
+
     requests = [Request(t, None, t.baseline) for t in tasks] + [Request(t, t.name, t.head) for t in tasks]
-    scores = serve(encoder, adapters, requests, partial(advance, "alone"))
+    scores = serve(attached(adapters), requests, partial(advance, "alone"))
     n = len(tasks)
     settings = [
         _setting("head only", tasks, scores[:n], 0),
@@ -85,7 +90,7 @@ def evaluate(
         small = lf.peru_lora(adapters, rank=rank)
         requests = [Request(t, t.name, t.head) for t in tasks]
         stage = f"PERU-LoRA rank {rank}"
-        scores = serve(encoder, small, requests, partial(advance, stage))
+        scores = serve(attached(small), requests, partial(advance, stage))
         settings.append(_setting(stage, tasks, scores, sum(map(_fp16_bytes, small.values()))))
     for size in sorted({*range(2, largest_merge + 1), n}):
         merged, requests = {}, []
@@ -94,7 +99,7 @@ def evaluate(
             merged[name] = lf.merge([adapters[t.name] for t in members], method="uniform")
             requests += [Request(t, name, t.head) for t in members]
         stage = f"{size} merged"
-        scores = serve(encoder, merged, requests, partial(advance, stage))
+        scores = serve(attached(merged), requests, partial(advance, stage))
         by_task = {t.name: [s for r, s in zip(requests, scores, strict=True) if r.task is t] for t in tasks}
         summary = {name: Score(statistics.fmean(s), min(s), max(s)) for name, s in by_task.items()}
         settings.append(Setting(stage, summary, _fp16_bytes(merged[name]) if size == n else None))
@@ -111,7 +116,12 @@ def task_sets(tasks: Sequence[Task], size: int) -> list[tuple[Task, ...]]:
 
 
 def _setting(label: str, tasks: Sequence[Task], scores: Sequence[float], nbytes: int) -> Setting:
-    return Setting(label, {t.name: Score(s, s, s) for t, s in zip(tasks, scores, strict=True)}, nbytes)
+    return Setting(label, single_scores(tasks, scores), nbytes)
+
+
+def single_scores(tasks: Sequence[Task], scores: Sequence[float]) -> dict[str, Score]:
+    """One score per task, by its name."""
+    return {task.name: Score(score, score, score) for task, score in zip(tasks, scores, strict=True)}
 
 
 def _fp16_bytes(adapter: LoraAdapter) -> int:
@@ -119,16 +129,17 @@ def _fp16_bytes(adapter: LoraAdapter) -> int:
 
 
 def serve(
-    encoder: nn.Module,
-    adapters: Mapping[str, LoraAdapter],
+    model: nn.Module,
     requests: Sequence[Request],
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Accuracy of every request; rows of all requests share batches, grouped by length alone."""
+    """Accuracy of every request; rows of all requests share batches, grouped by length alone.
+
+    Args:
+        model: an attached ``TextClassifier`` without a head.
+    """
     import lora_fuse as lf
 
-    model = TextClassifier(copy.deepcopy(encoder), 0).eval()
-    lf.attach(model, {name: replace(a, modules_to_save={}) for name, a in adapters.items()}, num_slots=len(adapters))
     flat = [(request, i) for request in requests for i in range(len(request.task.rows))]
     right = [0] * len(requests)
     place = {id(request): i for i, request in enumerate(requests)}

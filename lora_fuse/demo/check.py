@@ -52,7 +52,7 @@ def _one_adapter_a_row(encoder: nn.Module, tasks: Sequence[Task]) -> list[Differ
 
     plan: list[Task | None] = [task for _ in range(ROWS_PER_TASK) for task in tasks]
     plan[3:3] = [None] * BASE_ROWS  # among the others, not one tail
-    batch = _rows([task or tasks[0] for task in plan])
+    batch = first_rows([task or tasks[0] for task in plan])
     served = TextClassifier(copy.deepcopy(encoder), 2).eval()
     bare = copy.deepcopy(served)
     lf.attach(served, {task.name: task.adapter for task in tasks})
@@ -80,7 +80,7 @@ def _mixes(encoder: nn.Module, tasks: Sequence[Task]) -> Difference:
     import lora_fuse as lf
 
     pairs = [(task.name, tasks[(i + 1) % len(tasks)].name) for i, task in enumerate(tasks)]
-    batch = _rows(tasks)
+    batch = first_rows(tasks)
     served = TextClassifier(copy.deepcopy(encoder), 0).eval()
     lf.attach(served, {task.name: replace(task.adapter, modules_to_save={}) for task in tasks})
     with lf.use_adapters(served, [dict(zip(pair, MIX, strict=True)) for pair in pairs]):
@@ -94,7 +94,7 @@ def _mixes(encoder: nn.Module, tasks: Sequence[Task]) -> Difference:
     return compare("weighted mixes", got, torch.cat(want))
 
 
-def _rows(sources: Sequence[Task]) -> Mapping[str, Tensor]:
+def first_rows(sources: Sequence[Task]) -> Mapping[str, Tensor]:
     """A batch that takes each task's examples in turn, one for every time that it is named."""
     taken: dict[str, int] = {}
     rows = []
