@@ -9,6 +9,7 @@ from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
+from lora_fuse.adapters.sparse_pool import SparsePool
 from lora_fuse.compress.peru_fft import Peru, peru_fft
 from lora_fuse.compress.peru_files import load_peru
 from lora_fuse.compress.peru_lora import peru_lora
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "SparseAdapter",
     "SparseMatrix",
+    "SparsePool",
     "adapter_slots",
     "adapters",
     "add_adapter",

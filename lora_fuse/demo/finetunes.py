@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +74,13 @@ def evaluate_finetunes(
     whole = sum(t.nbytes for state in states.values() for t in state.values())
     found: list[Kept] = []
     difference = None
+    merged: Any = "task_arithmetic"
     for density in DENSITIES:
-        peru = lf.peru_fft(TextClassifier(encoder, 0), states, density=density)
+        peru = lf.peru_fft(TextClassifier(encoder, 0), states, density=density, merge=merged)
+        merged = peru.merged  # the same at every density
         model = TextClassifier(copy.deepcopy(encoder), 0).eval()
         model.load_state_dict(peru.merged)
-        if difference is None:  # the merged weights are the same at every density
+        if difference is None:
             found.append(Kept("a copy each", {}, whole, _copy_ms(model, states)))
         lf.attach(model, peru.adapters, num_slots=len(tasks))
         if difference is None:
