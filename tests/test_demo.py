@@ -18,7 +18,7 @@ import torch
 
 import lora_fuse as lf
 from lora_fuse import demo
-from lora_fuse.demo import accuracy, check, latency, packages, picture, tasks
+from lora_fuse.demo import accuracy, check, finetunes, latency, packages, picture, tasks
 from lora_fuse.demo.model import HEAD, TextClassifier, collate
 
 pytest.importorskip("peft", reason="the demo compares with PEFT")
@@ -282,11 +282,30 @@ def test_whole_demo_on_minilm(tmp_path, capsys):
     requests = [accuracy.Request(t, t.name, t.head) for t in whole] + [
         accuracy.Request(t, None, t.baseline) for t in whole
     ]
-    encoder = load_encoder(cache)
-    scores = accuracy.serve(encoder, {t.name: t.adapter for t in whole}, requests)
+    model = TextClassifier(load_encoder(cache), 0).eval()
+    lf.attach(model, {t.name: replace(t.adapter, modules_to_save={}) for t in whole})
+    with torch.inference_mode():
+        scores = accuracy.serve(model, requests)
     for request, score in zip(requests, scores, strict=True):
         recorded = request.task.recorded["slice"]["head_only" if request.adapter is None else "lora"]
         assert abs(score - recorded) * len(request.task.rows) < 1.5, request.task.name  # one near tie may flip
+
+
+def test_whole_finetunes(encoder, some_tasks):
+    kept, difference = finetunes.evaluate_finetunes(encoder, some_tasks)
+    assert [way.label for way in kept] == ["a copy each", "merged", "PERU-FFT 10%", "PERU-FFT 1%"]
+    assert difference.rows == len(some_tasks) + 1
+    copies, merged, dense, sparse = kept
+    assert copies.nbytes > dense.nbytes > sparse.nbytes > merged.nbytes == 0
+    states = finetunes.finetunes(encoder, some_tasks)
+    peru = lf.peru_fft(TextClassifier(encoder, 0), states, density=0.1)
+    assert dense.nbytes == sum(adapter.nbytes for adapter in peru.adapters.values())
+    for task in some_tasks:
+        own = TextClassifier(copy.deepcopy(encoder), 0).eval()
+        own.load_state_dict(peru.state_dict(task.name))
+        features = torch.cat([own(**collate([row])) for row in task.rows])
+        right = (features @ task.head.weight.T + task.head.bias).argmax(1) == task.labels
+        assert dense.scores[task.name].mean == pytest.approx(right.float().mean().item())
 
 
 @pytest.mark.parametrize("number", [2, 3, 5, 6, 7])
