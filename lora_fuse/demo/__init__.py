@@ -181,14 +181,8 @@ def _print_finetunes(console: Console, tasks: Sequence[Task], kept: Sequence[Kep
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=f"\n{len(tasks)} whole fine-tunes from one set of weights (each adapter fused into its own copy)",
-        title_justify="left",
-        caption="MB: beside one set of weights, all tasks together, positions included, fp32. Switch: from one\n"
-        "task's weights to another's, in place, after which forwards run as fast as the bare model.",
-        caption_justify="left",
-    )
+    console.print(f"\n{len(tasks)} whole fine-tunes from one set of weights (each adapter fused into its own copy):")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for column in ("mean accuracy", "MB", "switch"):
         table.add_column(column, justify="right")
@@ -198,6 +192,8 @@ def _print_finetunes(console: Console, tasks: Sequence[Task], kept: Sequence[Kep
         table.add_row(way.label, f"{mean:.3f}", f"{way.nbytes / 1e6:.1f}", switch)
     console.print(table)
     console.print(
+        "MB: beside one set of weights, all tasks together, positions included, fp32. Switch: from one task's weights "
+        "to another's, in place; forwards then run as fast as the bare model.\n"
         f"PERU-FFT's mixed batch, {difference.rows} rows over {len(tasks)} fine-tunes and none, against each one's own "
         f"model: largest difference {difference.largest:.2g} (values up to {difference.largest_value:.3g})."
     )
