@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
+from lora_fuse.ops._library import transformable as _transformable
 
 PoolTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 RoutingTensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
@@ -122,8 +123,9 @@ torch.library.register_fake("lora_fuse::multi_lora", _fake, lib=LIBRARY)
 torch.library.register_fake("lora_fuse::multi_lora_", lambda *args: None, lib=LIBRARY)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
     ctx.save_for_backward(*inputs)
+    return inputs
 
 
 def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -> tuple[Any, ...]:
@@ -173,35 +175,13 @@ def _weights_grad(
 torch.library.register_autograd("lora_fuse::multi_lora", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-class _Transformable(torch.autograd.Function):
-    """The same op under functorch transforms and forward-mode AD, which ``register_autograd`` does not serve."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():  # this Function is the autograd; not the registered one as well
-            return torch.ops.lora_fuse.multi_lora(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, grad, transformable)
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Any) -> Tensor:  # linear in x and in the weights
-        x, *pool_and_routing = ctx.saved_tensors
-        parts = [] if x_tangent is None else [torch.ops.lora_fuse.multi_lora(x_tangent, *pool_and_routing)]
-        if tangents[5] is not None:
-            changed = [*pool_and_routing[:5], tangents[5], *pool_and_routing[6:]]
-            parts.append(torch.ops.lora_fuse.multi_lora(x, *changed))
-        return sum(parts[1:], parts[0])
+def _jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Any) -> Tensor:  # linear in x and in the weights
+    x, *pool_and_routing = ctx.saved_tensors
+    parts = [] if x_tangent is None else [torch.ops.lora_fuse.multi_lora(x_tangent, *pool_and_routing)]
+    if tangents[5] is not None:
+        changed = [*pool_and_routing[:5], tangents[5], *pool_and_routing[6:]]
+        parts.append(torch.ops.lora_fuse.multi_lora(x, *changed))
+    return sum(parts[1:], parts[0])
 
 
-def transformable(*args: Any) -> Tensor:
-    """``multi_lora`` for functorch transforms and forward-mode AD."""
-    return _Transformable.apply(*args)  # type: ignore[no-any-return]
+transformable = _transformable(torch.ops.lora_fuse.multi_lora, _setup_context, _backward, _jvp)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
+from lora_fuse.ops._library import transformable as _transformable
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.sparse_pool import SparsePool
@@ -151,9 +152,10 @@ torch.library.register_fake("lora_fuse::sparse_delta", _fake, lib=LIBRARY)
 torch.library.register_fake("lora_fuse::sparse_delta_", lambda *args: None, lib=LIBRARY)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.pool, _, ctx.transposed, ctx.bias, *routing = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+    x, ctx.pool, ctx.features, ctx.transposed, ctx.bias, *routing = inputs
     ctx.save_for_backward(x, *routing)
+    return x, *routing
 
 
 def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -> tuple[Any, ...]:
@@ -176,37 +178,13 @@ def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -
 torch.library.register_autograd("lora_fuse::sparse_delta", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-class _Transformable(torch.autograd.Function):
-    """The same op under functorch transforms and forward-mode AD, which ``register_autograd`` does not serve."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():  # this Function is the autograd; not the registered one as well
-            return torch.ops.lora_fuse.sparse_delta(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs, output)
-        x, _, _, _, _, *routing = inputs
-        ctx.save_for_forward(x, *routing)
-        ctx.features = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, grad, transformable)
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Any) -> Tensor:  # affine in x, linear in the weights
-        x, rows, weights, *rest = ctx.saved_tensors
-        op, pool = torch.ops.lora_fuse.sparse_delta, (ctx.pool, ctx.features, ctx.transposed)
-        parts = [] if x_tangent is None else [op(x_tangent, *pool, False, rows, weights, *rest)]
-        if tangents[5] is not None:
-            parts.append(op(x, *pool, ctx.bias, rows, tangents[5], *rest))
-        return sum(parts[1:], parts[0])
+def _jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Any) -> Tensor:  # affine in x, linear in the weights
+    x, rows, weights, *rest = ctx.saved_tensors
+    op, pool = torch.ops.lora_fuse.sparse_delta, (ctx.pool, ctx.features, ctx.transposed)
+    parts = [] if x_tangent is None else [op(x_tangent, *pool, False, rows, weights, *rest)]
+    if tangents[5] is not None:
+        parts.append(op(x, *pool, ctx.bias, rows, tangents[5], *rest))
+    return sum(parts[1:], parts[0])
 
 
-def transformable(*args: Any) -> Tensor:
-    """``sparse_delta`` for functorch transforms and forward-mode AD."""
-    return _Transformable.apply(*args)  # type: ignore[no-any-return]
+transformable = _transformable(torch.ops.lora_fuse.sparse_delta, _setup_context, _backward, _jvp)
