@@ -27,6 +27,13 @@ bool wide_columns(const TensorView& v, const char* name, int64_t length) {
   return wide;
 }
 
+// uint16 or uint8, contiguous.
+bool wide_gaps(const TensorView& v, const char* name, int64_t length) {
+  const bool wide = same(v.dtype, kUInt16);
+  expect_vector(v, name, wide ? kUInt16 : kUInt8, "uint8 or uint16", length);
+  return wide;
+}
+
 void check_columns(const TensorView& v, const char* name, bool wide, int64_t bound) {
   uint32_t worst = 0;  // as unsigned, a negative value is the largest
   const auto scan = [&](const auto* c) {
@@ -140,8 +147,8 @@ struct Positions {
     for (int64_t r = 0; r < at.rows; ++r) entries_of(r, [&](int64_t i, int32_t column) { c[i] = column; });
   }
 
-  // Which output each lane holds, and where each slice starts, in steps; the steps in all.
-  int64_t order(py::handle starts, py::handle order) const {
+  // Which output each lane holds, and where each slice starts, in steps; the steps in all. wide: gaps of 16 bits, else 8.
+  int64_t order(py::handle starts, py::handle order, bool wide) const {
     const int64_t slices = num_slices(at.rows);
     const TensorView sv = host(starts, "starts"), ov = host(order, "order");
     expect_vector(sv, "starts", kInt64, "int64", slices + 1);
@@ -152,20 +159,33 @@ struct Positions {
     first[0] = 0;
     for (int64_t o = 0; o < at.rows; o += kStrip) {
       const int width = int(std::min<int64_t>(kStrip, at.rows - o)), lanes = (width + kLanes - 1) / kLanes * kLanes;
-      const auto length = [&](int k) { return at.starts[o + k + 1] - at.starts[o + k]; };
+      int64_t length[kStrip] = {};  // with fillers
+      for (int k = 0; k < width; ++k)
+        placed_gaps(o + k, widest_gap(wide), [&](int64_t, int64_t fillers, int64_t) { length[k] += fillers + 1; });
       for (int k = 0; k < lanes; ++k) lane[k] = uint8_t(k < width ? k : kStrip);
-      std::stable_sort(lane, lane + width, [&](int a, int b) { return length(a) > length(b); });
-      for (int k = 0; k < lanes; k += kLanes, ++slice) first[slice + 1] = first[slice] + length(lane[k]);
+      std::stable_sort(lane, lane + width, [&](int a, int b) { return length[a] > length[b]; });
+      for (int k = 0; k < lanes; k += kLanes, ++slice) first[slice + 1] = first[slice] + length[lane[k]];
       lane += lanes;
     }
     return first[slices];
   }
 
+  // f(index of the entry, fillers before it, gap after them) for every entry of a row.
+  template <class F>
+  void placed_gaps(int64_t row, int64_t widest, const F& f) const {
+    int64_t last = 0;
+    entries_of(row, [&](int64_t i, int32_t column) {
+      const int64_t gap = column - last, fillers = gap > widest ? (gap - 1) / widest : 0;
+      f(i, fillers, gap - fillers * widest);
+      last = column;
+    });
+  }
+
   // The entries in that order.
-  void pack(py::handle values, py::handle starts, py::handle order, py::handle packed_values, py::handle packed_columns) const {
+  void pack(py::handle values, py::handle starts, py::handle order, py::handle packed_values, py::handle packed_gaps) const {
     const int64_t slices = num_slices(at.rows);
     const TensorView sv = host(starts, "starts"), ov = host(order, "order"), from = host(values, "values"), to = host(packed_values, "packed_values"),
-                     cv = host(packed_columns, "packed_columns");
+                     gv = host(packed_gaps, "packed_gaps");
     expect_vector(sv, "starts", kInt64, "int64", slices + 1);
     expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
     const auto* const first = reinterpret_cast<const int64_t*>(sv.data);
@@ -173,29 +193,31 @@ struct Positions {
     const int64_t total = first[slices] * kLanes;
     expect_vector(from, "values", to.dtype, "(packed_values' dtype)", nnz);
     expect_vector(to, "packed_values", to.dtype, "floating", total);
-    const bool wide = wide_columns(cv, "packed_columns", total);
-    if (!wide && at.cols > 65535) fail("packed_columns: expected int32");
-    const auto put = [&](auto value, auto* columns) {
+    const bool wide = wide_gaps(gv, "packed_gaps", total);
+    const int64_t widest = widest_gap(wide);
+    const auto put = [&](auto value, auto* gaps) {
       using V = decltype(value);
+      using G = std::remove_pointer_t<decltype(gaps)>;
       const V* const source = reinterpret_cast<const V*>(from.data);
       V* const target = reinterpret_cast<V*>(to.data);
       std::fill(target, target + total, V{0});
-      std::fill(columns, columns + total, std::remove_pointer_t<decltype(columns)>(at.cols));
+      std::fill(gaps, gaps + total, G{0});
       for (int64_t k = 0; k < slices * kLanes; ++k) {
         if (lane[k] >= kStrip) continue;
         const int64_t slice = k / kLanes, row = slice / (kStrip / kLanes) * kStrip + lane[k], end = first[slice + 1] * kLanes;
         int64_t place = first[slice] * kLanes + k % kLanes;
-        if (row >= at.rows || (at.starts[row + 1] - at.starts[row]) > (end - place + kLanes - 1) / kLanes) fail("starts, order: not this matrix's");
-        entries_of(row, [&](int64_t i, int32_t column) {
-          target[place] = source[i];
-          columns[place] = std::remove_pointer_t<decltype(columns)>(column);
+        if (row >= at.rows) fail("order: not this matrix's");
+        placed_gaps(row, widest, [&](int64_t i, int64_t fillers, int64_t gap) {
+          if (place + fillers * kLanes >= end) fail("starts, order: not this matrix's");
+          for (; fillers > 0; --fillers, place += kLanes) gaps[place] = G(widest);
+          target[place] = source[i], gaps[place] = G(gap);
           place += kLanes;
         });
       }
     };
     const auto put_as = [&](auto value) {
-      if (wide) put(value, reinterpret_cast<int32_t*>(cv.data));
-      else put(value, reinterpret_cast<uint16_t*>(cv.data));
+      if (wide) put(value, reinterpret_cast<uint16_t*>(gv.data));
+      else put(value, reinterpret_cast<uint8_t*>(gv.data));
     };
     switch (to.dtype.bits) {
       case 16: put_as(uint16_t{}); break;
@@ -208,13 +230,13 @@ struct Positions {
 
 // One slot of a pool, packed. Never changes, so forwards may read it while others are made.
 struct Slot {
-  py::object values, columns, starts, order, bias;  // values: None for a slot that is only a bias
+  py::object values, gaps, starts, order, bias;  // values: None for a slot that is only a bias
   PackedSparse view{};
   int64_t in_features, out_features;
   dlpack::DataType dtype{};
 
-  Slot(int64_t in, int64_t out, py::object values_, py::object columns_, py::object starts_, py::object order_, py::object bias_)
-      : values(std::move(values_)), columns(std::move(columns_)), starts(std::move(starts_)), order(std::move(order_)),
+  Slot(int64_t in, int64_t out, py::object values_, py::object gaps_, py::object starts_, py::object order_, py::object bias_)
+      : values(std::move(values_)), gaps(std::move(gaps_)), starts(std::move(starts_)), order(std::move(order_)),
         bias(std::move(bias_)), in_features(in), out_features(out) {
     if (in < 0 || out < 0 || in >= INT32_MAX) fail("in_features, out_features: out of range");
     if (!bias.is_none()) {
@@ -224,7 +246,7 @@ struct Slot {
     }
     if (values.is_none()) return;
     const int64_t slices = num_slices(out);
-    const TensorView sv = host(starts, "starts"), ov = host(order, "order"), vv = host(values, "values"), cv = host(columns, "columns");
+    const TensorView sv = host(starts, "starts"), ov = host(order, "order"), vv = host(values, "values"), gv = host(gaps, "gaps");
     expect_vector(sv, "starts", kInt64, "int64", slices + 1);
     expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
     view.starts = reinterpret_cast<const int64_t*>(sv.data);
@@ -236,11 +258,26 @@ struct Slot {
     expect_vector(vv, "values", vv.dtype, "floating", total);
     if (total % kLanes || view.starts[slices] != total / kLanes) fail("starts: does not end at the number of steps");
     dtype = vv.dtype;
-    view.wide = wide_columns(cv, "columns", total);
-    check_columns(cv, "columns", view.wide, in + 1);
+    view.wide = wide_gaps(gv, "gaps", total);
     check_order(slices);
+    if (view.wide) check_gaps(reinterpret_cast<const uint16_t*>(gv.data), slices);
+    else check_gaps(reinterpret_cast<const uint8_t*>(gv.data), slices);
     view.values = vv.data ? vv.data : static_cast<const void*>(&view);  // no entries at all: not an empty slot
-    view.columns = cv.data;
+    view.gaps = gv.data;
+  }
+
+  // No lane runs beyond the last column, or beyond the zero after it: that is where a layer without inputs looks.
+  template <class G>
+  void check_gaps(const G* gaps, int64_t slices) const {
+    for (int64_t s = 0; s < slices; ++s) {
+      int64_t column[kLanes] = {};
+      for (int64_t k = view.starts[s]; k < view.starts[s + 1]; ++k)
+        for (int l = 0; l < kLanes; ++l) column[l] += gaps[k * kLanes + l];
+      for (int l = 0; l < kLanes; ++l)
+        if (column[l] > std::max<int64_t>(in_features - 1, 0))
+          fail("gaps: of lane " + std::to_string(l) + " of slice " + std::to_string(s) + " reach column " + std::to_string(column[l]) +
+               ", accepted are columns up to " + std::to_string(in_features - 1));
+    }
   }
 
   void check_order(int64_t slices) const {  // every output of every strip once

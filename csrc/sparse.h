@@ -9,8 +9,10 @@ namespace lora_fuse {
 
 // The order in which a slot's entries lie for the product. Output features are cut into strips of kStrip; a strip's are
 // sorted by their number of entries and interleaved kLanes at a time into slices: step k of a slice holds the k-th entry
-// of each of its outputs. A slice is as long as its longest output; the rest is padding: value 0, column in_features.
-constexpr int kLanes = 8, kStrip = 64;
+// of each of its outputs. An entry's column is given by its gap to the entry before (the first: to column 0). Where a gap
+// does not fit, fillers go before the entry, each with the largest gap; a slice is as long as its longest output, the rest
+// is padding of gap 0. Both have the value 0, and entries of value 0 are skipped.
+constexpr int kLanes = 16, kStrip = 64;
 
 inline int64_t num_slices(int64_t outputs) {
   return outputs / kStrip * (kStrip / kLanes) + (outputs % kStrip + kLanes - 1) / kLanes;
@@ -18,7 +20,7 @@ inline int64_t num_slices(int64_t outputs) {
 
 struct PackedSparse {
   const void* values = nullptr;      // [steps * kLanes]; null: an empty slot
-  const void* columns = nullptr;     // uint16, or int32 where wide; at most in_features
+  const void* gaps = nullptr;        // uint8, or uint16 where wide
   const int64_t* starts = nullptr;   // [num_slices + 1], in steps
   const uint8_t* order = nullptr;    // [num_slices * kLanes], the lane's output within its strip; kStrip: none
   const float* bias = nullptr;       // [outputs] or null
@@ -37,6 +39,9 @@ struct SparseDelta {
   float* totals;  // [num_rows, out], zeros; needed only where a row has several pairs
   int threads;
 };
+
+// The largest gap that is stored.
+constexpr int64_t widest_gap(bool wide) { return wide ? 65535 : 255; }
 
 // Floats of scratch that a thread needs, for slots of at most max_pairs pairs.
 inline int64_t sparse_scratch(int64_t in_features, int64_t max_pairs) {

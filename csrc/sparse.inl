@@ -1,7 +1,7 @@
 // y[row] += sum over the row's pairs of weight * (U x[row] + bias), U sparse and packed as sparse.h says; fp32 sums, one
 // rounding.
 //
-// Few rows (AVX-512): lanes run over the outputs of a slice, x is gathered by column; in bf16 one gather brings two rows.
+// Few rows (AVX-512): lanes run over the outputs of a slice, x is gathered by column; in bf16 a gather brings two rows.
 // More rows: x is transposed to [in][G] in fp32 and lanes run over G rows, one broadcast multiply-add per kept entry.
 // Both add an output's entries in the order of their columns, cut every SPARSE_BLOCK entries: the same bits, whatever the
 // other rows, their order and the number of threads.
@@ -86,86 +86,123 @@ inline __attribute__((always_inline)) void transpose(vf (&t)[W]) {  // log2(W) r
 
 // ---- one slice ----
 
-// sums[order[lane]][i] = sum over the lane's entries of value * xt[column][i], G rows i.
+// Bytes that loads are ahead of their use: a stream of entries is longer than what the hardware prefetches by itself.
+constexpr int AHEAD = 2048;
+inline void fetch_ahead(const void* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(uintptr_t(p) + AHEAD + i));
+}
+
+// The columns of n steps, from their gaps; nowhere: the column of entries that are skipped. last: each lane's column.
+template <class C>
+void columns_of(const C* gaps, const float* values, int n, int32_t nowhere, int32_t (&last)[kLanes], int32_t* columns) {
+  typedef int32_t lanes __attribute__((vector_size(4 * kLanes)));
+  typedef float floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  typedef C gap_lanes __attribute__((vector_size(sizeof(C) * kLanes), aligned(sizeof(C)), may_alias));
+  lanes column, nowhere_lanes = nowhere - lanes{};
+  __builtin_memcpy(&column, last, sizeof column);
+  for (int s = 0; s < n; ++s) {
+    column += __builtin_convertvector(*reinterpret_cast<const gap_lanes*>(gaps + s * kLanes), lanes);
+    const lanes skipped = *reinterpret_cast<const floats*>(values + s * kLanes) == floats{};
+    const lanes at = (nowhere_lanes & skipped) | (column & ~skipped);
+    __builtin_memcpy(columns + s * kLanes, &at, sizeof at);
+  }
+  __builtin_memcpy(last, &column, sizeof column);
+}
+
+// sums[order[lane]][i] = sum over the lane's entries of value * xt[column][i], G rows i; xt[cols] is zeros.
 template <int G, class T, class C>
-void slice_rows(const T* values, const C* columns, int64_t steps, const float* xt, const uint8_t* order, float* sums) {
+void slice_rows(const T* values, const C* gaps, int64_t steps, const float* xt, int64_t cols, const uint8_t* order, float* sums) {
   constexpr int N = G < W ? G : W, H = G / N;  // H vectors of N rows
   using V = typename Lanes<N>::type;
   using Mem = typename Lanes<N>::mem;
   alignas(64) float buffer[SPARSE_BLOCK * kLanes];
+  alignas(64) int32_t columns[SPARSE_BLOCK * kLanes], last[kLanes] = {};
   V total[kLanes][H] = {};
+  constexpr int PART = 8;  // lanes at a time: what the registers hold
   for (int64_t s0 = 0; s0 < steps; s0 += SPARSE_BLOCK) {
     const int n = int(steps - s0 < SPARSE_BLOCK ? steps - s0 : SPARSE_BLOCK);
+    fetch_ahead(values + s0 * kLanes, n * kLanes * int(sizeof(T))), fetch_ahead(gaps + s0 * kLanes, n * kLanes * int(sizeof(C)));
     const float* v = as_floats(values + s0 * kLanes, n * kLanes, buffer);
-    const C* c = columns + s0 * kLanes;
-    V acc[kLanes][H] = {};
-    for (int s = 0; s < n; ++s, v += kLanes, c += kLanes)
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) {
-        const float* const x = xt + int64_t(uint32_t(c[l])) * G;
+    columns_of(gaps + s0 * kLanes, v, n, int32_t(cols), last, columns);
+    for (int part = 0; part < kLanes; part += PART) {
+      V acc[PART][H] = {};
+      for (int i = part; i < n * kLanes; i += kLanes)
+#pragma GCC unroll 8
+        for (int l = 0; l < PART; ++l) {
+          const float* const x = xt + int64_t(columns[i + l]) * G;
 #pragma GCC unroll 2
-        for (int h = 0; h < H; ++h) acc[l][h] += (v[l] - V{}) * *reinterpret_cast<const Mem*>(x + h * N);
-      }
-    for (int l = 0; l < kLanes; ++l)
-      for (int h = 0; h < H; ++h) total[l][h] += acc[l][h];
+          for (int h = 0; h < H; ++h) acc[l][h] += (v[i + l] - V{}) * *reinterpret_cast<const Mem*>(x + h * N);
+        }
+      for (int l = 0; l < PART; ++l)
+        for (int h = 0; h < H; ++h) total[part + l][h] += acc[l][h];
+    }
   }
   for (int l = 0; l < kLanes; ++l)
     for (int h = 0; h < H; ++h) *reinterpret_cast<Mem*>(sums + int64_t(order[l]) * G + h * N) = total[l][h];
 }
 
 #if LF_WIDTH == 16
-// As slice_rows for one row (x: floats) or, in bf16, two (x: pairs, row 0 in the low half); sums[i * SUMS_STRIDE + output].
-static_assert(kLanes == 8, "a gather brings eight columns");
-inline __m256i eight(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline __m256i eight(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline __m256 eight(const float* p) { return _mm256_loadu_ps(p); }
-inline __m256 eight(const bf16* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(eight(reinterpret_cast<const uint16_t*>(p)), 16));
-}
-inline __m256 eight(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static_assert(kLanes == W, "a gather brings a lane's column each");
+inline __m512i lanes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline __m512i lanes(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
-template <bool PAIRS, class T, class C>
-void slice_gather(const T* values, const C* columns, int64_t steps, const float* x, const uint8_t* order, float* sums) {
-  __m256 total0 = _mm256_setzero_ps(), total1 = total0;
+// As slice_rows for few rows, sums[i * SUMS_STRIDE + output]: GATHERS arrays of x, ld floats apart, each of one row
+// (floats) or, where PAIRS, of two rows (bf16, the first in the low half).
+template <int GATHERS, bool PAIRS, class T, class C>
+void slice_gather(const T* values, const C* gaps, int64_t steps, const float* x, int64_t ld, const uint8_t* order, float* sums) {
+  constexpr int ROWS = GATHERS * (PAIRS ? 2 : 1), LINE = 64 / kLanes;  // steps of a line of gaps
+  const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
+  vf total[ROWS] = {}, acc[ROWS];
+  __m512i column = _mm512_setzero_si512();
   for (int64_t s = 0; s < steps;) {
     const int64_t stop = steps - s < SPARSE_BLOCK ? steps : s + SPARSE_BLOCK;
-    __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
-    for (; s < stop; ++s) {
-      const __m256 v = eight(values + s * kLanes);
-      const __m256i g = _mm256_castps_si256(_mm256_i32gather_ps(x, eight(columns + s * kLanes), 4));
-      if constexpr (PAIRS) {
-        acc0 = _mm256_fmadd_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(g, 16)), acc0);
-        acc1 = _mm256_fmadd_ps(v, _mm256_castsi256_ps(_mm256_and_si256(g, _mm256_set1_epi32(int(0xffff0000u)))), acc1);
-      } else {
-        acc0 = _mm256_fmadd_ps(v, _mm256_castsi256_ps(g), acc0);
+    for (int i = 0; i < ROWS; ++i) acc[i] = vf{};
+    while (s < stop) {
+      fetch_ahead(values + s * kLanes, 64 * int(sizeof(T))), fetch_ahead(gaps + s * kLanes, 64 * int(sizeof(C)));
+      const int64_t line = stop - s < LINE ? stop : s + LINE;
+      for (; s < line; ++s) {
+        const __m512 v = Linear<T>::load(values + s * kLanes);
+        const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        column = _mm512_add_epi32(column, lanes(gaps + s * kLanes));
+#pragma GCC unroll 2
+        for (int g = 0; g < GATHERS; ++g) {
+          const __m512 got = _mm512_i32gather_ps(column, x + g * ld, 4);
+          if constexpr (PAIRS) {
+            const __m512i both = _mm512_castps_si512(got);
+            acc[2 * g] = _mm512_mask3_fmadd_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), acc[2 * g], some);
+            acc[2 * g + 1] = _mm512_mask3_fmadd_ps(v, _mm512_castsi512_ps(_mm512_and_si512(both, high)), acc[2 * g + 1], some);
+          } else {
+            acc[g] = _mm512_mask3_fmadd_ps(v, got, acc[g], some);
+          }
+        }
       }
     }
-    total0 = _mm256_add_ps(total0, acc0), total1 = _mm256_add_ps(total1, acc1);
+    for (int i = 0; i < ROWS; ++i) total[i] += acc[i];
   }
-  alignas(32) float out[2][kLanes];
-  _mm256_store_ps(out[0], total0), _mm256_store_ps(out[1], total1);
-  for (int i = 0; i < (PAIRS ? 2 : 1); ++i)
-    for (int l = 0; l < kLanes; ++l) sums[i * SUMS_STRIDE + order[l]] = out[i][l];
+  for (int i = 0; i < ROWS; ++i)
+    for (int l = 0; l < kLanes; ++l) sums[i * SUMS_STRIDE + order[l]] = total[i][l];
 }
 #endif
 
 // ---- a call ----
 
-// How a group of rows is taken: the lanes of slice_rows, or a gather.
-enum GroupKind { GATHER_ONE = 1, GATHER_PAIR = 2, ROWS_4 = 4, ROWS_8 = 8, ROWS_16 = 16, ROWS_32 = 32 };
+// How a group of rows is taken: by gathers, or the lanes of slice_rows.
+enum GroupKind { GATHER_ONE = -1, GATHER_TWO = -2, GATHER_PAIR = -3, GATHER_PAIRS = -4, NOTHING = 0, ROWS_4 = 4, ROWS_8 = 8, ROWS_16 = 16, ROWS_32 = 32 };
 constexpr int MOST_ROWS = LF_WIDTH == 16 ? 32 : LF_WIDTH;  // of a group: what the registers hold
 
 template <class T>
-int group_kind(int rows) {
+GroupKind group_kind(int rows) {
 #if LF_WIDTH == 16
+  constexpr bool pairs = std::is_same_v<T, bf16>;
   if (rows == 1) return GATHER_ONE;
-  if (rows == 2 && std::is_same_v<T, bf16>) return GATHER_PAIR;
+  if (rows == 2) return pairs ? GATHER_PAIR : GATHER_TWO;
+  if (rows <= 4 && pairs) return GATHER_PAIRS;
 #endif
   return rows <= 4 || W == 4 ? ROWS_4 : rows <= 8 || W == 8 ? ROWS_8 : rows <= 16 ? ROWS_16 : ROWS_32;
 }
 
 // Relative time of an entry, for sharing out work.
-inline int64_t group_cost(int kind) { return kind <= GATHER_PAIR ? 2 : kind < ROWS_32 ? 4 : 6; }
+inline int64_t group_cost(int kind) { return kind == GATHER_ONE || kind == GATHER_PAIR ? 2 : kind < ROWS_32 ? 4 : 6; }
 
 template <class T>
 struct SparseCall {
@@ -180,23 +217,27 @@ struct SparseCall {
     return (u.starts[first_slice(strip1)] - u.starts[first_slice(strip0)]) * kLanes;
   }
 
-  // x of pairs [begin, begin + m) as the kind wants it, and zeros for the padding's column.
-  void lay_out(int kind, int begin, int m, float* xt) const {
+  // x of pairs [begin, begin + m) as the kind wants it, and zeros for the column that is nowhere.
+  void lay_out(GroupKind kind, int begin, int m, float* xt) const {
     const int64_t cols = p.x.cols;
     const T* x[MOST_ROWS];
     for (int i = 0; i < m; ++i) x[i] = p.x.row(p.routing.rows[begin + i]);
-    if (kind == GATHER_ONE) {
-      for (int64_t c = 0; c < cols; c += W) store_part(xt + c, load_part(x[0] + c, cols - c), cols - c);
-      xt[cols] = 0.0f;
+    if (kind == GATHER_ONE || kind == GATHER_TWO) {
+      for (int i = 0; i < m; ++i, xt += cols + 1) {
+        for (int64_t c = 0; c < cols; c += W) store_part(xt + c, load_part(x[i] + c, cols - c), cols - c);
+        xt[cols] = 0.0f;
+      }
       return;
     }
-    if (kind == GATHER_PAIR) {
-      for (int64_t c = 0; c < cols; ++c) {
-        uint16_t both[2];
-        __builtin_memcpy(both, x[0] + c, 2), __builtin_memcpy(both + 1, x[1] + c, 2);
-        __builtin_memcpy(xt + c, both, 4);
+    if (kind == GATHER_PAIR || kind == GATHER_PAIRS) {  // bf16: a float is its upper half
+      for (int i = 0; i < m; i += 2, xt += cols + 1) {
+        const T *low = x[i], *high = x[i + 1 < m ? i + 1 : i];
+        for (int64_t c = 0; c < cols; c += W) {
+          const vu first = reinterpret_cast<vu>(load_part(low + c, cols - c)), second = reinterpret_cast<vu>(load_part(high + c, cols - c));
+          store_part(xt + c, reinterpret_cast<vf>(first >> 16 | second), cols - c);
+        }
+        xt[cols] = 0.0f;
       }
-      xt[cols] = 0.0f;
       return;
     }
     const int g = kind;
@@ -218,39 +259,40 @@ struct SparseCall {
 
   // Pairs [begin, begin + m) of a slot, outputs of strips [strip0, strip1).
   void group(int slot, int begin, int m, int64_t strip0, int64_t strip1, float* scratch) const {
-    const int kind = p.slots[slot].values ? group_kind<T>(m) : 0;
+    const GroupKind kind = p.slots[slot].values ? group_kind<T>(m) : NOTHING;
     if (strip0 >= strip1) return;
     if (kind) lay_out(kind, begin, m, scratch);
-    if (p.slots[slot].wide) strips_of<int32_t>(kind, slot, begin, m, strip0, strip1, scratch);
-    else strips_of<uint16_t>(kind, slot, begin, m, strip0, strip1, scratch);
+    if (p.slots[slot].wide) strips_of<uint16_t>(kind, slot, begin, m, strip0, strip1, scratch);
+    else strips_of<uint8_t>(kind, slot, begin, m, strip0, strip1, scratch);
   }
 
   template <class C>
-  void strips_of(int kind, int slot, int begin, int m, int64_t strip0, int64_t strip1, const float* xt) const {
+  void strips_of(GroupKind kind, int slot, int begin, int m, int64_t strip0, int64_t strip1, const float* xt) const {
     const PackedSparse& u = p.slots[slot];
     constexpr int LD = SUMS_STRIDE;
+    const int64_t cols = p.x.cols;
     alignas(64) float sums[(kStrip + 1) * MOST_ROWS], by_row[MOST_ROWS * LD];
     for (int64_t strip = strip0; strip < strip1; ++strip) {
       const int64_t o = strip * kStrip;
       const int width = int(p.y.cols - o < kStrip ? p.y.cols - o : kStrip);
       for (int64_t s = first_slice(strip); kind && s < first_slice(strip + 1); ++s) {
         const T* values = static_cast<const T*>(u.values) + u.starts[s] * kLanes;
-        const C* columns = static_cast<const C*>(u.columns) + u.starts[s] * kLanes;
+        const C* gaps = static_cast<const C*>(u.gaps) + u.starts[s] * kLanes;
         const int64_t steps = u.starts[s + 1] - u.starts[s];
         const uint8_t* order = u.order + s * kLanes;
         switch (kind) {
 #if LF_WIDTH == 16
-          case GATHER_ONE: slice_gather<false>(values, columns, steps, xt, order, by_row); break;
-          case GATHER_PAIR:
-            if constexpr (std::is_same_v<T, bf16>) slice_gather<true>(values, columns, steps, xt, order, by_row);
-            break;
-          case ROWS_32: slice_rows<32>(values, columns, steps, xt, order, sums); break;
-          case ROWS_16: slice_rows<16>(values, columns, steps, xt, order, sums); break;
+          case GATHER_ONE: slice_gather<1, false>(values, gaps, steps, xt, cols + 1, order, by_row); break;
+          case GATHER_TWO: slice_gather<2, false>(values, gaps, steps, xt, cols + 1, order, by_row); break;
+          case GATHER_PAIR: slice_gather<1, true>(values, gaps, steps, xt, cols + 1, order, by_row); break;
+          case GATHER_PAIRS: slice_gather<2, true>(values, gaps, steps, xt, cols + 1, order, by_row); break;
+          case ROWS_32: slice_rows<32>(values, gaps, steps, xt, cols, order, sums); break;
+          case ROWS_16: slice_rows<16>(values, gaps, steps, xt, cols, order, sums); break;
 #endif
 #if LF_WIDTH >= 8
-          case ROWS_8: slice_rows<8>(values, columns, steps, xt, order, sums); break;
+          case ROWS_8: slice_rows<8>(values, gaps, steps, xt, cols, order, sums); break;
 #endif
-          default: slice_rows<4>(values, columns, steps, xt, order, sums);
+          default: slice_rows<4>(values, gaps, steps, xt, cols, order, sums);
         }
       }
       if (kind >= ROWS_4) rows_of(sums, kind, m, width, by_row, LD);

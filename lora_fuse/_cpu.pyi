@@ -52,9 +52,9 @@ class SparsePositions:
     def __init__(self, row_starts: Tensor, columns: Tensor | None, bitmap: Tensor | None, num_cols: int) -> None: ...
     def write(self, weight: Tensor, values: Tensor | None, saved: Tensor | None, threads: int) -> None: ...
     def column_index(self, out: Tensor) -> None: ...
-    def order(self, starts: Tensor, order: Tensor) -> int: ...
+    def order(self, starts: Tensor, order: Tensor, wide: bool) -> int: ...
     def pack(
-        self, values: Tensor, starts: Tensor, order: Tensor, packed_values: Tensor, packed_columns: Tensor
+        self, values: Tensor, starts: Tensor, order: Tensor, packed_values: Tensor, packed_gaps: Tensor
     ) -> None: ...
 
 class SparseSlot:
@@ -63,7 +63,7 @@ class SparseSlot:
         in_features: int,
         out_features: int,
         values: Tensor | None,
-        columns: Tensor | None,
+        gaps: Tensor | None,
         starts: Tensor | None,
         order: Tensor | None,
         bias: Tensor | None,

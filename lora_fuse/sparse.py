@@ -84,10 +84,10 @@ class SparseMatrix:
         return known
 
     def __getstate__(self) -> dict[str, Any]:
-        return without_uint16({name: value for name, value in self.__dict__.items() if name != "_positions"})
+        return without_uint16({name: value for name, value in self.__dict__.items() if name != "_positions"}, "columns")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(with_uint16(state))
+        self.__dict__.update(with_uint16(state, "columns"))
 
     @torch.no_grad()
     def write_into(self, weight: Tensor, values: Tensor | None = None, saved: Tensor | None = None) -> Tensor:
@@ -245,15 +245,13 @@ def column_dtype(cols: int) -> torch.dtype:
     return torch.uint16 if cols <= _SHORT_COLUMNS else torch.int32
 
 
-def without_uint16(state: dict[str, Any]) -> dict[str, Any]:
-    """For pickle, which does not take uint16 tensors: 16-bit columns as int16, the same bits."""
-    columns = state["columns"]
-    short = columns is not None and columns.dtype == torch.uint16
-    return state | {"columns": columns.view(torch.int16)} if short else state
+def without_uint16(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """For pickle, which does not take uint16 tensors: ``state[name]`` as int16, the same bits."""
+    short = state[name] is not None and state[name].dtype == torch.uint16
+    return state | {name: state[name].view(torch.int16)} if short else state
 
 
-def with_uint16(state: dict[str, Any]) -> dict[str, Any]:
+def with_uint16(state: dict[str, Any], name: str) -> dict[str, Any]:
     """The inverse of ``without_uint16``."""
-    columns = state["columns"]
-    short = columns is not None and columns.dtype == torch.int16
-    return state | {"columns": columns.view(torch.uint16)} if short else state
+    short = state[name] is not None and state[name].dtype == torch.int16
+    return state | {name: state[name].view(torch.uint16)} if short else state

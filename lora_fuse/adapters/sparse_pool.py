@@ -14,7 +14,6 @@ from lora_fuse.ops.sparse_delta import register_pool
 from lora_fuse.sparse import SparseMatrix, with_uint16, without_uint16
 
 _LANES, _STRIP = _cpu.SPARSE_LANES, _cpu.SPARSE_STRIP
-_LARGEST_SHORT = 65535  # in_features itself is a column: the padding's
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,28 +21,28 @@ class PackedDelta:
     """One slot: entries in the order of csrc/sparse.h, and a dense bias.
 
     Args:
-        values: ``[steps * lanes]``, the pool's dtype; the padding holds 0.
-        columns: ``[steps * lanes]`` uint16, or int32 for wide layers; the padding holds ``in_features``.
+        values: ``[steps * lanes]``, the pool's dtype; padding and the fillers of wide gaps hold 0.
+        gaps: ``[steps * lanes]`` uint8 or uint16, columns since the lane's entry before (its first: since column 0).
         starts: ``[slices + 1]`` int64, in steps.
         order: ``[slices * lanes]`` uint8, each lane's output within its strip of 64, or 64 for none.
         bias: ``[out_features]`` float32, or None. All others are None in a slot that is only a bias.
     """
 
     values: Tensor | None
-    columns: Tensor | None
+    gaps: Tensor | None
     starts: Tensor | None
     order: Tensor | None
     bias: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.values, self.columns, self.starts, self.order, self.bias) if t is not None)
+        return sum(t.nbytes for t in (self.values, self.gaps, self.starts, self.order, self.bias) if t is not None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return without_uint16(self.__dict__)
+        return without_uint16(self.__dict__, "gaps")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(with_uint16(state))
+        self.__dict__.update(with_uint16(state, "gaps"))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PackedDelta:
         """``fn`` of every tensor; the bias is moved, never cast."""
@@ -51,7 +50,7 @@ class PackedDelta:
             name: None if t is None else fn(t)
             for name, t in (
                 ("values", self.values),
-                ("columns", self.columns),
+                ("gaps", self.gaps),
                 ("starts", self.starts),
                 ("order", self.order),
             )
@@ -64,14 +63,18 @@ class PackedDelta:
 
     def dense(self, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
         """``[out_features, in_features]``, any device."""
-        if self.values is None or self.columns is None or self.starts is None or self.order is None:
+        if self.values is None or self.gaps is None or self.starts is None or self.order is None:
             assert self.bias is not None
             return self.bias.new_zeros(out_features, in_features, dtype=dtype)
         slices = torch.arange(self.starts.shape[0] - 1, device=self.starts.device)
         outputs = slices[:, None] // (_STRIP // _LANES) * _STRIP + self.order.view(-1, _LANES).long()  # [slices, lanes]
         rows = torch.repeat_interleave(outputs, self.starts.diff(), 0)  # [steps, lanes]
         whole = self.values.new_zeros(out_features + _STRIP + 1, in_features + 1, dtype=dtype)
-        whole[rows.view(-1), self.columns.long()] = self.values.to(dtype)  # all padding falls into the last column
+        gaps = self.gaps.view(-1, _LANES).long()
+        ends = torch.cat([gaps.new_zeros(1, _LANES), gaps.cumsum(0)])  # over all slices; each starts anew
+        columns = ends[1:] - torch.repeat_interleave(ends[self.starts[:-1]], self.starts.diff(), 0)
+        columns[(self.values == 0).view(-1, _LANES)] = in_features  # fillers and padding fall into the last column
+        whole[rows.view(-1), columns.view(-1)] = self.values.to(dtype)
         return whole[:out_features, :in_features]
 
 
@@ -82,15 +85,19 @@ def pack(matrix: SparseMatrix, dtype: torch.dtype, bias: Tensor | None, device: 
         matrix.values.detach().to("cpu", dtype).contiguous(), matrix.row_starts.cpu(), columns, bitmap, matrix.num_cols
     )
     positions = on_cpu.positions()
-    rows, cols = matrix.shape
+    rows = matrix.num_rows
     slices = rows // _STRIP * (_STRIP // _LANES) + -(-(rows % _STRIP) // _LANES)
-    starts = torch.empty(slices + 1, dtype=torch.int64)
-    order = torch.empty(slices * _LANES, dtype=torch.uint8)
-    entries = positions.order(starts, order) * _LANES
+    forms = []
+    for gap_dtype in (torch.uint8, torch.uint16):  # short gaps need fillers where entries lie far apart
+        starts = torch.empty(slices + 1, dtype=torch.int64)
+        order = torch.empty(slices * _LANES, dtype=torch.uint8)
+        entries = positions.order(starts, order, gap_dtype == torch.uint16) * _LANES
+        forms.append((entries * (dtype.itemsize + gap_dtype.itemsize), entries, gap_dtype, starts, order))
+    _, entries, gap_dtype, starts, order = min(forms, key=lambda form: form[0])
     values = torch.empty(entries, dtype=dtype)
-    packed = torch.empty(entries, dtype=torch.uint16 if cols <= _LARGEST_SHORT else torch.int32)
-    positions.pack(on_cpu.values, starts, order, values, packed)
-    return PackedDelta(values, packed, starts, order, bias).map(lambda t: t.to(device))
+    gaps = torch.empty(entries, dtype=gap_dtype)
+    positions.pack(on_cpu.values, starts, order, values, gaps)
+    return PackedDelta(values, gaps, starts, order, bias).map(lambda t: t.to(device))
 
 
 class SparsePool(nn.Module):
@@ -204,7 +211,7 @@ class SparsePool(nn.Module):
     def _view(self, p: PackedDelta) -> _cpu.SparseSlot | None:
         if self.anchor.device.type != "cpu":
             return None
-        return _cpu.SparseSlot(self.in_features, self.out_features, p.values, p.columns, p.starts, p.order, p.bias)
+        return _cpu.SparseSlot(self.in_features, self.out_features, p.values, p.gaps, p.starts, p.order, p.bias)
 
     def _rebuild(self, views: list[_cpu.SparseSlot | None]) -> None:
         """Publish a new set of slots; a forward that runs keeps the set that it took."""

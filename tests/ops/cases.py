@@ -56,10 +56,9 @@ def routing_of(pairs: Pairs, num_rows: int, num_slots: int) -> Routing:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call and its two yardsticks: the fp64 result, and torch's own largest error at x's dtype."""
+class Call:
+    """A call's inputs and its two yardsticks: the fp64 result, and torch's own largest error at x's dtype."""
 
-    pool: AdapterPool
     x: Tensor
     out: Tensor
     routing: Routing
@@ -68,6 +67,13 @@ class Case:
 
     def error(self, got: Tensor) -> float:
         return float((got.double() - self.want).abs().max()) if got.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Case(Call):
+    """A call of ``multi_lora``."""
+
+    pool: AdapterPool
 
 
 @functools.cache  # shared by the instruction sets
@@ -86,4 +92,4 @@ def make_case(
         used = slice(slot * max_rank, slot * max_rank + int(pool.slot_rank[slot]))
         plain[row] += (x[row] @ pool.pool_a[used].t()) @ pool.pool_b[used] * (weight * float(pool.slot_scaling[slot]))
     torch_error = float((plain.double() - want).abs().max()) if rows else 0.0
-    return Case(pool, x, out, routing_of(pairs, rows, slots), want, torch_error)
+    return Case(x, out, routing_of(pairs, rows, slots), want, torch_error, pool)

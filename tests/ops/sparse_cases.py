@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from cases import Call, Pairs
 from torch import Tensor
 
 from lora_fuse import reference
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_pool import SparsePool
 from lora_fuse.sparse import SparseMatrix
-
-Pairs = list[tuple[int, int, float]]
 
 
 def make_delta(rows: int, cols: int, density: float, dtype: torch.dtype) -> Tensor:
@@ -54,18 +53,10 @@ def make_sparse_pool(
 
 
 @dataclass(frozen=True)
-class SparseCase:
-    """One call and its two yardsticks: the fp64 result, and torch's own largest error at x's dtype."""
+class SparseCase(Call):
+    """A call of ``sparse_delta_linear``."""
 
     filled: Filled
-    x: Tensor
-    out: Tensor
-    routing: Routing
-    want: Tensor  # fp64
-    torch_error: float
-
-    def error(self, got: Tensor) -> float:
-        return float((got.double() - self.want).abs().max()) if got.numel() else 0.0
 
 
 def make_case(filled: Filled, rows: int, dtype: torch.dtype, pairs: Pairs, routing: Routing) -> SparseCase:
@@ -77,4 +68,4 @@ def make_case(filled: Filled, rows: int, dtype: torch.dtype, pairs: Pairs, routi
         bias = filled.biases[slot]
         plain[row] += (filled.deltas[slot] @ x[row] + (0.0 if bias is None else bias.to(dtype))) * weight
     torch_error = float((plain.double() - want).abs().max()) if rows else 0.0
-    return SparseCase(filled, x, out, routing, want, torch_error)
+    return SparseCase(x, out, routing, want, torch_error, filled)

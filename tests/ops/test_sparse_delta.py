@@ -66,6 +66,34 @@ def test_long_sums_stay_accurate(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cols", "gaps"), [(2000, torch.uint8), (200_000, torch.uint16)])
+def test_entries_far_apart(isa, dtype, cols, gaps):
+    """Gaps around the widest that a byte or two hold are bridged; what is skipped on the way is not read."""
+    step = torch.iinfo(gaps).max
+    places = torch.tensor([0, step, step + 1, 2 * step + 1, 3 * step + 1]) % cols
+    places = torch.cat([places.unique(), torch.tensor([cols - 1])]).unique()
+    delta = torch.zeros(40, cols, dtype=dtype)
+    for row in range(1, 40):
+        kept = places[places >= places[row % len(places)]] if row < 20 else places[torch.rand(len(places)) < 0.5]
+        delta[row, kept] = torch.randn(len(kept)).to(dtype)
+    if gaps == torch.uint8:
+        delta[:, ::7] = torch.randn(40, len(range(0, cols, 7))).to(dtype)  # so many that bytes are the smaller form
+        delta[3] = 0
+        delta[3, -1] = 1
+    pool = SparsePool(1, cols, 40, dtype)
+    pool.write(0, SparseMatrix.from_mask(delta, delta != 0))
+    assert pool.packed[0].gaps.dtype == gaps
+    assert torch.equal(pool.dense(0, dtype), delta)
+    unkept = (delta == 0).all(0)
+    for rows in (1, 2, 3, 4, 7, 20):
+        x = torch.randn(rows, cols).to(dtype)
+        want = x.double() @ delta.double().t()
+        x[:, unkept] = torch.inf  # on columns that no entry has
+        got = sparse_delta_linear(x, pool, Routing.from_slots(torch.zeros(rows, dtype=torch.long), 1))
+        torch.testing.assert_close(got.double(), want, atol=0.05 if dtype == torch.bfloat16 else 0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("density", [0.02, 0.3])
 def test_a_row_does_not_see_the_others(isa, dtype, density):
     """Bitwise: alone, with any number of others, in any order, on one thread or several."""
@@ -277,14 +305,14 @@ class TestPool:
         from lora_fuse import _cpu
 
         p = self.pool.packed[0]
-        parts = {"values": p.values, "columns": p.columns, "starts": p.starts, "order": p.order}
+        parts = {"values": p.values, "gaps": p.gaps, "starts": p.starts, "order": p.order}
 
         def make(**changed):
             return _cpu.SparseSlot(48, 70, *(parts | changed).values(), None)
 
         make()
         for name, place, value in [
-            ("columns", 5, 49),
+            ("gaps", 5, 49),
             ("starts", 0, 1),
             ("starts", 2, 1 << 50),
             ("starts", 2, -1),
@@ -296,8 +324,8 @@ class TestPool:
             bad[place] = value
             with pytest.raises(ValueError, match=name):
                 make(**{name: bad})
-        with pytest.raises(ValueError, match="columns: expected a contiguous"):
-            make(columns=p.columns[:-8])
+        with pytest.raises(ValueError, match="gaps: expected a contiguous"):
+            make(gaps=p.gaps[:-8])
 
 
 def big_call(filled_pool) -> torch.Tensor:
