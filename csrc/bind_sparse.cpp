@@ -96,8 +96,8 @@ struct Positions {
     }
   }
 
-  // weight[kept] = values, the previous entries to saved first.
-  void write(py::handle weight, py::object values, py::object saved, int threads) const {
+  // weight[kept] = values, the previous entries to saved first; either may be None.
+  SparseWrite write(py::handle weight, py::handle values, py::handle saved) const {
     const TensorView wv = host(weight, "weight");
     Rows wr;
     if (wv.ndim != 2 || wv.shape[0] != at.rows || wv.shape[1] != at.cols || !collapse(wv, &wr) || (wr.rows > 1 && wr.stride != wr.cols))
@@ -105,25 +105,13 @@ struct Positions {
            "], got shape " + show(wv));
     const int size = wv.dtype.bits / 8;
     if (size != 2 && size != 4 && size != 8) fail("weight: accepted are elements of 2, 4 and 8 bytes");
-    SparseWrite call{at, wv.data, nullptr, nullptr, size, threads};
-    const Extent all{wv.data, wv.data + wr.rows * wr.cols * size};
-    const auto entries = [&](const py::object& t, const char* name) -> char* {
+    const auto entries = [&](py::handle t, const char* name) -> char* {
       if (t.is_none()) return nullptr;
       const TensorView v = host(t, name);
       expect_vector(v, name, wv.dtype, "(weight's dtype)", nnz);
-      if (overlap(all, {v.data, v.data + nnz * size})) fail(std::string(name) + ": shares memory with weight");
       return v.data;
     };
-    call.values = entries(values, "values"), call.saved = entries(saved, "saved");
-    if (call.values && call.saved && overlap({static_cast<char*>(call.saved), static_cast<char*>(call.saved) + nnz * size},
-                                             {static_cast<const char*>(call.values), static_cast<const char*>(call.values) + nnz * size}))
-      fail("values, saved: share memory");
-    {
-      py::gil_scoped_release nogil;
-      kernels().sparse.write(call);
-    }
-    if (call.values) bump_version(weight);
-    if (call.saved) bump_version(saved);
+    return {at, wv.data, entries(saved, "saved"), entries(values, "values"), size};
   }
 
   // f(index of the entry, column) for every entry of a row.
@@ -367,6 +355,47 @@ bool sparse_delta_linear(py::handle out, py::handle x, const Slots& slots, const
   return true;
 }
 
+// Every (positions, weight, values, saved), all of them checked before any is written.
+void sparse_write(const py::sequence& writes, int threads) {
+  struct Touched {
+    Extent bytes;
+    bool written;
+    const char* name;
+  };
+  std::vector<SparseWrite> calls;
+  std::vector<Touched> touched;
+  const auto touch = [&](const void* data, int64_t bytes, bool written, const char* name) {
+    const char* const begin = static_cast<const char*>(data);
+    if (begin && bytes) touched.push_back({{begin, begin + bytes}, written, name});
+  };
+  for (const py::handle w : writes) {
+    const auto parts = py::reinterpret_borrow<py::sequence>(w);
+    const Positions& positions = py::cast<const Positions&>(parts[0]);
+    calls.push_back(positions.write(parts[1], parts[2], parts[3]));
+    const SparseWrite& p = calls.back();
+    touch(p.weight, p.at.rows * p.at.cols * p.size, true, "weight");
+    touch(p.saved, positions.nnz * p.size, true, "saved");
+    touch(p.values, positions.nnz * p.size, false, "values");
+  }
+  std::sort(touched.begin(), touched.end(), [](const Touched& a, const Touched& b) { return a.bytes.begin < b.bytes.begin; });
+  Touched all{}, written{};  // of those before, the one that ends last
+  for (const Touched& t : touched) {
+    const Touched& before = t.written ? all : written;
+    if (before.name && overlap(before.bytes, t.bytes)) fail(std::string(before.name) + ", " + t.name + ": share memory");
+    if (!all.name || t.bytes.end > all.bytes.end) all = t;
+    if (t.written && (!written.name || t.bytes.end > written.bytes.end)) written = t;
+  }
+  {
+    py::gil_scoped_release nogil;
+    kernels().sparse.write(calls.data(), int64_t(calls.size()), threads);
+  }
+  for (const py::handle w : writes) {
+    const auto parts = py::reinterpret_borrow<py::sequence>(w);
+    if (!py::object(parts[2]).is_none()) bump_version(py::object(parts[1]));
+    if (!py::object(parts[3]).is_none()) bump_version(py::object(parts[3]));
+  }
+}
+
 struct Names {
   PyObject *tensors, *weights, *num_rows;
 } names{};
@@ -399,12 +428,12 @@ void bind_sparse(py::module_& m) {
   names = {name("tensors"), name("weights"), name("num_rows")};
   py::class_<Positions>(m, "SparsePositions")
       .def(py::init<py::object, py::object, py::object, int64_t>())
-      .def("write", &Positions::write)
       .def("column_index", &Positions::column_index)
       .def("order", &Positions::order)
       .def("pack", &Positions::pack);
   py::class_<Slot>(m, "SparseSlot").def(py::init<int64_t, int64_t, py::object, py::object, py::object, py::object, py::object>());
   py::class_<Slots>(m, "SparseSlots").def(py::init<int64_t, int64_t, const py::sequence&>());
+  m.def("sparse_write", &sparse_write);
   m.def("sparse_delta_linear", &sparse_delta_linear);
   m.def("sparse_delta_linear_eager", &sparse_delta_linear_eager);
   m.attr("SPARSE_LANES") = kLanes;

@@ -62,14 +62,14 @@ struct SparseWrite {
   SparseView at;
   void *weight, *saved;  // weight: [rows, cols], contiguous
   const void* values;
-  int size, threads;
+  int size;
 };
 
 struct SparseKernels {
   void (*delta_f32)(const SparseDelta<float>&);
   void (*delta_bf16)(const SparseDelta<bf16>&);
   void (*delta_fp16)(const SparseDelta<fp16>&);
-  void (*write)(const SparseWrite&);
+  void (*write)(const SparseWrite* writes, int64_t count, int threads);
 };
 
 }  // namespace lora_fuse

@@ -1,4 +1,4 @@
-// saved = weight[kept]; weight[kept] = values: one pass over the kept places, rows shared out over the threads.
+// saved = weight[kept]; weight[kept] = values, of many weights: one pass over the kept places, rows shared out over threads.
 
 constexpr int64_t WRITE_MIN_WORK = 16 * 1024;  // entries below which a second thread does not pay
 
@@ -11,18 +11,21 @@ inline __attribute__((always_inline)) void exchange(E* place, const E* values, E
 // E: an unsigned integer as wide as the element.
 template <class E, class C>
 void write_columns(const SparseWrite& p, int64_t row0, int64_t row1) {
-  constexpr int64_t AHEAD = 24;  // entries: each may lie on a line of its own
+  constexpr int64_t AHEAD = 32;  // entries: each may lie on a line of its own
   const C* const columns = static_cast<const C*>(p.at.columns);
   const E* const values = static_cast<const E*>(p.values);
   E* const saved = static_cast<E*>(p.saved);
-  for (int64_t r = row0; r < row1; ++r) {
-    E* const row = static_cast<E*>(p.weight) + r * p.at.cols;
-    const int64_t end = p.at.starts[r + 1], last = p.at.starts[row1];
-    for (int64_t i = p.at.starts[r]; i < end; ++i) {
-      if (i + AHEAD < last) __builtin_prefetch(row + (i + AHEAD < end ? 0 : p.at.cols) + uint32_t(columns[i + AHEAD]), 1);
-      exchange(row + uint32_t(columns[i]), values, saved, i);
+  E* const weight = static_cast<E*>(p.weight);
+  const int64_t last = p.at.starts[row1];
+  int64_t fetched = row0;  // the row of the entry that is fetched
+  for (int64_t r = row0; r < row1; ++r)
+    for (int64_t i = p.at.starts[r]; i < p.at.starts[r + 1]; ++i) {
+      if (i + AHEAD < last) {
+        while (p.at.starts[fetched + 1] <= i + AHEAD) ++fetched;
+        __builtin_prefetch(weight + fetched * p.at.cols + uint32_t(columns[i + AHEAD]), 1);
+      }
+      exchange(weight + r * p.at.cols + uint32_t(columns[i]), values, saved, i);
     }
-  }
 }
 
 // Columns [c, cols) of a row by their bits, entries from i on; the place after the last.
@@ -101,12 +104,25 @@ void write_rows(const SparseWrite& p, int64_t row0, int64_t row1) {
   else write_columns<E, uint16_t>(p, row0, row1);
 }
 
-inline void sparse_write(const SparseWrite& p) {
-  const int64_t entries = p.at.starts[p.at.rows];
-  parallel(entries < WRITE_MIN_WORK ? 1 : p.threads, [&](int thread, int team) {
-    const int64_t row0 = p.at.rows * thread / team, row1 = p.at.rows * (thread + 1) / team;
-    if (p.size == 2) write_rows<uint16_t>(p, row0, row1);
-    else if (p.size == 4) write_rows<uint32_t>(p, row0, row1);
-    else write_rows<uint64_t>(p, row0, row1);
+// The row at which `at` entries of a matrix lie behind.
+inline int64_t row_after(const SparseView& m, int64_t at) { return std::lower_bound(m.starts, m.starts + m.rows, at) - m.starts; }
+
+inline void sparse_write(const SparseWrite* writes, int64_t count, int threads) {
+  int64_t entries = 0;
+  for (int64_t w = 0; w < count; ++w) entries += writes[w].at.starts[writes[w].at.rows];
+  parallel(entries < WRITE_MIN_WORK ? 1 : threads, [&](int thread, int team) {
+    const int64_t from = entries * thread / team, to = entries * (thread + 1) / team;
+    int64_t seen = 0;
+    for (int64_t w = 0; w < count && seen < to; ++w) {
+      const SparseWrite& p = writes[w];
+      const int64_t here = p.at.starts[p.at.rows];
+      const int64_t row0 = from <= seen ? 0 : row_after(p.at, std::min(from - seen, here));
+      const int64_t row1 = to >= seen + here ? p.at.rows : row_after(p.at, to - seen);
+      seen += here;
+      if (row0 >= row1) continue;
+      if (p.size == 2) write_rows<uint16_t>(p, row0, row1);
+      else if (p.size == 4) write_rows<uint32_t>(p, row0, row1);
+      else write_rows<uint64_t>(p, row0, row1);
+    }
   });
 }

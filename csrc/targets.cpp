@@ -1,5 +1,6 @@
 // The kernels, compiled once per instruction set from the same text. No -m flags: the target is set around each
 // inclusion, so that nothing outside (standard headers, bindings) ever needs more than the ABI's floor.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

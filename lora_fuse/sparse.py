@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +90,6 @@ class SparseMatrix:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(with_uint16(state, "columns"))
 
-    @torch.no_grad()
     def write_into(self, weight: Tensor, values: Tensor | None = None, saved: Tensor | None = None) -> Tensor:
         """Put the entries in place: ``weight[kept] = values``, in one pass over the kept places.
 
@@ -105,33 +105,7 @@ class SparseMatrix:
             ValueError: shapes, dtypes or devices disagree, or ``values`` and ``saved`` share memory; nothing
                 is written.
         """
-        values = self.values if values is None else values
-        if tuple(weight.shape) != self.shape:
-            raise ValueError(f"weight: expected shape {list(self.shape)}, got {list(weight.shape)}")
-        if tuple(values.shape) != (self.nnz,):
-            raise ValueError(f"values: expected shape [{self.nnz}], got {list(values.shape)}")
-        if saved is not None:
-            like = (tuple(saved.shape), saved.dtype, saved.device)
-            if like != ((self.nnz,), weight.dtype, weight.device):
-                raise ValueError(
-                    f"saved: expected shape [{self.nnz}], {weight.dtype} on {weight.device}, "
-                    f"got {list(saved.shape)}, {saved.dtype} on {saved.device}"
-                )
-            if self.nnz and saved.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
-                raise ValueError("values, saved: share memory")
-        values = values.to(device=weight.device, dtype=weight.dtype)
-        plain = weight.device.type == self.row_starts.device.type == "cpu" and not weight.is_neg()
-        if plain and weight.is_contiguous() and weight.element_size() in (2, 4, 8) and not weight.is_complex():
-            target = saved if saved is None or saved.is_contiguous() else torch.empty_like(values)
-            self.positions().write(weight.detach(), values.contiguous(), target, torch.get_num_threads())
-            if saved is not None and target is not None and target is not saved:
-                saved.copy_(target)
-            return weight
-        index = self.flat_index().to(weight.device)
-        at = torch.div(index, max(self.num_cols, 1), rounding_mode="floor"), index % max(self.num_cols, 1)
-        if saved is not None:
-            saved.copy_(weight[at])
-        weight[at] = values
+        write_all([Write(self, weight, self.values if values is None else values, saved)])
         return weight
 
     def mask(self) -> Tensor:
@@ -234,6 +208,63 @@ class SparseMatrix:
                 refuse(f"columns has values outside 0 to {self.num_cols - 1}")
             if bool((self.flat_index().diff() <= 0).any()):
                 refuse("the columns of a row do not rise")
+
+
+class Write(NamedTuple):
+    """One ``SparseMatrix.write_into``."""
+
+    matrix: SparseMatrix
+    weight: Tensor
+    values: Tensor
+    saved: Tensor | None = None
+
+
+@torch.no_grad()
+def write_all(writes: Iterable[Write]) -> None:
+    """Many ``SparseMatrix.write_into`` at once, on all threads.
+
+    Raises:
+        ValueError: as ``write_into``, or a tensor that is written shares memory with another; nothing is written.
+    """
+    together: list[tuple[_cpu.SparsePositions, Tensor, Tensor | None, Tensor | None]] = []
+    apart: list[Write] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for matrix, weight, values, saved in writes:
+        if weight.shape != matrix.shape:
+            raise ValueError(f"weight: expected shape {list(matrix.shape)}, got {list(weight.shape)}")
+        if values.shape != (matrix.nnz,):
+            raise ValueError(f"values: expected shape [{matrix.nnz}], got {list(values.shape)}")
+        if saved is not None:
+            _check_saved(matrix, weight, values, saved)
+        values = values.to(device=weight.device, dtype=weight.dtype)
+        plain = weight.device.type == matrix.row_starts.device.type == "cpu" and not weight.is_neg()
+        if plain and weight.is_contiguous() and weight.element_size() in (2, 4, 8) and not weight.is_complex():
+            target = saved
+            if saved is not None and not saved.is_contiguous():
+                target = torch.empty_like(values)
+                copies.append((saved, target))
+            together.append((matrix.positions(), weight.detach(), values.contiguous(), target))
+        else:
+            apart.append(Write(matrix, weight, values, saved))
+    _cpu.sparse_write(together, torch.get_num_threads())
+    for saved, target in copies:
+        saved.copy_(target)
+    for matrix, weight, values, saved in apart:
+        index = matrix.flat_index().to(weight.device)
+        at = torch.div(index, max(matrix.num_cols, 1), rounding_mode="floor"), index % max(matrix.num_cols, 1)
+        if saved is not None:
+            saved.copy_(weight[at])
+        weight[at] = values
+
+
+def _check_saved(matrix: SparseMatrix, weight: Tensor, values: Tensor, saved: Tensor) -> None:
+    if saved.shape != (matrix.nnz,) or saved.dtype != weight.dtype or saved.device != weight.device:
+        raise ValueError(
+            f"saved: expected shape [{matrix.nnz}], {weight.dtype} on {weight.device}, "
+            f"got {list(saved.shape)}, {saved.dtype} on {saved.device}"
+        )
+    if matrix.nnz and saved.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+        raise ValueError("values, saved: share memory")
 
 
 def bitmap_is_smaller(rows: int, cols: int, nnz: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_fuse import _cpu
-from lora_fuse.sparse import SparseMatrix
+from lora_fuse.sparse import SparseMatrix, Write, write_all
 
 SHAPES = [  # rows, cols, density
     pytest.param(1, 1, 1.0, id="one"),
@@ -141,11 +141,43 @@ def test_bad_input_writes_nothing():
         (r"saved: expected shape", {"saved": torch.zeros(n - 1)}),
         (r"saved: expected shape .*float32", {"saved": torch.zeros(n).half()}),
         (r"values, saved: share memory", {"saved": matrix.values}),
-        (r"saved: shares memory with weight", {"saved": weight.view(-1)[:n]}),
+        (r"weight, saved: share memory", {"saved": weight.view(-1)[:n]}),
     ]:
         with pytest.raises(ValueError, match=match):
             matrix.write_into(**({"weight": weight} | kwargs))
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("two_threads")
+def test_many_at_once(dtype):
+    """Bits as one by one, whatever the sizes and however rows fall to threads; a fault in one stops all."""
+    torch.manual_seed(0)
+    shapes = [(1, 1), (300, 400), (0, 5), (700, 90), (3, 70_000), (64, 2000)]
+    writes, want = [], []
+    for i, (rows, cols) in enumerate(shapes):
+        matrix, _ = make(rows, cols, (0.02, 0.3)[i % 2])
+        matrix = replace(matrix, values=matrix.values.to(dtype))
+        weight = torch.randn(rows, cols).to(dtype)
+        writes.append(Write(matrix, weight, matrix.values, torch.empty_like(matrix.values)))
+        saved = weight[matrix.mask()]
+        want.append((matrix.write_into(weight.clone()), saved))
+    assert sum(w.matrix.nnz for w in writes) > 16 * 1024  # enough for a second thread
+    first = writes[1]
+    before = first.weight.clone()
+    for bad, match in [
+        (Write(first.matrix, torch.zeros(2, 2), first.values), "weight: expected shape"),
+        (Write(first.matrix, first.weight, first.values), "weight, weight: share memory"),
+        (Write(first.matrix, torch.randn(300, 400).to(dtype), first.values, first.saved), "saved"),
+        (Write(first.matrix, first.weight.clone(), first.weight.view(-1)[: first.matrix.nnz]), "weight, values: share"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            write_all([*writes, bad])
+    assert torch.equal(first.weight, before)
+    write_all(writes)
+    for write, (weight, saved) in zip(writes, want, strict=True):
+        assert torch.equal(write.weight, weight)
+        assert torch.equal(write.saved, saved)
 
 
 @pytest.mark.parametrize("form", ["columns", "bitmap"])

@@ -12,7 +12,7 @@ from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.nn.attachment import ActiveTask, Attachment, attachment_of, unwrap
 from lora_fuse.nn.selection import Selection
 from lora_fuse.nn.sparse_site import placed
-from lora_fuse.sparse import SparseMatrix
+from lora_fuse.sparse import SparseMatrix, Write, write_all
 
 
 @torch.no_grad()
@@ -47,15 +47,14 @@ def switch_task(model: nn.Module, name: str | None) -> None:
         new = [] if name is None else _places(model, attachment.tasks[name])
         saved: dict[str, Tensor] = {}
         try:
-            for place in old:
-                place.write(before.saved[place.name])  # type: ignore[union-attr]
+            if before is not None:
+                _write(old, before.saved)
             for place in new:
-                place.exchange(saved)
+                place.make_room(saved)
+            _write(new, {place.name: place.own for place in new}, saved)
         except BaseException:
-            for place in new:
-                place.undo(saved)
-            for place in old:
-                place.write(place.own)
+            _write([place for place in new if place.written(saved)], saved)
+            _write(old, {place.name: place.own for place in old})
             raise
         attachment.active = None if name is None else ActiveTask(name, saved)
         attachment.serving.task = None if name is None else attachment.serving.published.leases[name].index
@@ -108,29 +107,40 @@ class _Place:
     own: Tensor
     version: int = -1
 
-    def write(self, values: Tensor, saved: Tensor | None = None) -> None:
-        param = self.param.detach()
-        values = values.to(param.device, param.dtype)
-        if self.matrix is None:
-            if saved is not None:
-                saved.copy_(param)
-            param.copy_(values)
-            return
-        flat = param.reshape(self.matrix.shape)  # a view if the parameter is contiguous
-        self.matrix.write_into(flat, values, saved)
-        if flat.data_ptr() != param.data_ptr():
-            param.copy_(flat.view(param.shape))
+    def make_room(self, saved: dict[str, Tensor]) -> None:
+        """For what the task's values overwrite. Parameters without a version are saved here, others by the write."""
+        if not self.param.is_inference():
+            self.version = self.param._version
+            saved[self.name] = torch.empty_like(self.own, dtype=self.param.dtype, device=self.param.device)
+        elif self.matrix is None:
+            saved[self.name] = self.param.clone()
+        else:
+            saved[self.name] = self.param.reshape(-1)[self.matrix.flat_index()]
 
-    def exchange(self, saved: dict[str, Tensor]) -> None:
-        """Write the task's values; what they overwrite goes to ``saved``."""
-        self.version = -1 if self.param.is_inference() else self.param._version
-        saved[self.name] = torch.empty_like(self.own, dtype=self.param.dtype, device=self.param.device)
-        self.write(self.own, saved[self.name])
+    def written(self, saved: Mapping[str, Tensor]) -> bool:
+        """Whether the task's values may be there, and ``saved`` holds what they overwrote."""
+        return self.name in saved and (self.param.is_inference() or self.param._version != self.version)
 
-    def undo(self, saved: Mapping[str, Tensor]) -> None:
-        """Take an ``exchange`` back, if it came to pass."""
-        if self.name in saved and (self.param.is_inference() or self.param._version != self.version):
-            self.write(saved[self.name])
+
+def _write(places: list[_Place], values: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> None:
+    """Put ``values`` into the parameters; what they overwrite goes to ``saved``."""
+    writes, copies = [], []
+    for place in places:
+        param = place.param.detach()
+        new = values[place.name].to(param.device, param.dtype)
+        old = None if saved is None or param.is_inference() else saved[place.name]
+        if place.matrix is None:
+            if old is not None:
+                old.copy_(param)
+            param.copy_(new)
+            continue
+        flat = param if param.dim() == 2 and param.is_contiguous() else param.reshape(place.matrix.shape)
+        if not param.is_contiguous():
+            copies.append((param, flat))
+        writes.append(Write(place.matrix, flat, new, old))
+    write_all(writes)
+    for param, flat in copies:
+        param.copy_(flat.view(param.shape))
 
 
 def _places(model: nn.Module, adapter: SparseAdapter) -> list[_Place]:

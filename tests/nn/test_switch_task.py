@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lora_fuse as lf
 from lora_fuse.adapters.sparse_adapter import same_bits
-from lora_fuse.sparse import SparseMatrix
+from lora_fuse.sparse import write_all
 
 
 def prepared(kind: str = "tokens") -> tuple[nn.Module, nn.Module, Tensor, dict[str, Any]]:
@@ -143,16 +143,20 @@ def test_a_failure_midway_leaves_the_model_as_it_was(
 ) -> None:
     model, bare, _, adapters = prepared()
     lf.switch_task(model, before)
-    state, count, write_into = copy.deepcopy(model.state_dict()), iter(range(100)), SparseMatrix.write_into
+    state, count = copy.deepcopy(model.state_dict()), iter(range(100))
 
-    def failing(self: SparseMatrix, *args: Any, **kwargs: Any) -> Any:
-        made = write_into(self, *args, **kwargs)
-        if next(count) == where:
-            raise MemoryError
-        return made
+    def failing(write: Any) -> Any:
+        def call(*args: Any) -> Any:
+            made = write(*args)
+            if next(count) == where:
+                raise MemoryError
+            return made
+
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(SparseMatrix, "write_into", failing)
+        patch.setattr("lora_fuse.nn.switch.write_all", failing(write_all))
+        patch.setattr(torch.Tensor, "copy_", failing(torch.Tensor.copy_))
         with pytest.raises(MemoryError):
             lf.switch_task(model, "t0")
     assert all(same_bits(t, state[n]) for n, t in model.state_dict().items())

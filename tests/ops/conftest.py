@@ -35,11 +35,3 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _cpu.isa() == request.param
     yield request.param
     _cpu.choose_isa(before)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
