@@ -1,31 +1,37 @@
 """Sparse task vectors against plain torch: ``python -m benchmarks.bench_sparse [--quick]``.
 
 Two things a server does with a fine-tune kept as a merged model and a sparse residual. The product: 8 rows over 4 tasks
-on one square layer, each row plus its own residual. The switch: the task's values written over the merged weights
-of a whole encoder and taken back again. Every way is checked before any time is shown; tensors are rotated so that no
-cache flatters anyone.
+on one square layer, each row plus its own residual. The switch: a whole encoder made a task's model in place and taken
+back again, against copying all weights over, and its mixed batches. Every way is checked before any time is shown;
+tensors are rotated so that no cache flatters anyone.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+import lora_fuse as lf
 from benchmarks.timing import interleaved_us
 from lora_fuse import _cpu, reference
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_pool import SparsePool
+from lora_fuse.demo.model import load_encoder
+from lora_fuse.demo.packages import cache_folder
 from lora_fuse.functional import sparse_delta_linear
 from lora_fuse.sparse import SparseMatrix
 
 TASKS, ROWS = 4, 8
-MINILM = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]  # an encoder layer of all-MiniLM-L6, six times
+DENSITIES = (0.01, 0.05, 0.1)
+WAYS = ("lora_fuse", "torch.sparse csr", "dense residuals", "bare linear")
 
 
 def kept(rows: int, cols: int, density: float, dtype: torch.dtype) -> SparseMatrix:
@@ -93,82 +99,70 @@ def product(size: int, density: float, dtype: torch.dtype, rows: int, budget_s: 
     return {"density": density, "dtype": dtype, "rows": rows, "us": us, "nbytes": pool.nbytes // TASKS}
 
 
-def switch(density: float, dtype: torch.dtype, budget_s: float) -> dict[str, Any]:
-    """Into a task and back, all matrices of the encoder: sparse writes against copying whole weights over."""
-    shapes = MINILM * 6
-    weights = [torch.randn(shape).to(dtype) for shape in shapes]
-    merged = [w.clone() for w in weights]
-    matrices = [kept(*shape, density, dtype) for shape in shapes]
-    saved = [torch.empty(m.nnz, dtype=dtype) for m in matrices]
-    tasks = [m.to_dense(w) for m, w in zip(matrices, weights, strict=True)]  # what a copy would bring
+def switch(encoder: nn.Module, density: float, budget_s: float) -> dict[str, Any]:
+    """Check, then time, into a task and back, everything of the encoder: ``switch_task`` against copying weights."""
+    tuned = copy.deepcopy(encoder)
+    for p in tuned.parameters():
+        p += 0.1 * p.std() * torch.randn_like(p)
+    peru = lf.peru_fft(encoder.state_dict(), {"task": tuned.state_dict()}, merge=encoder.state_dict(), density=density)
+    model = lf.attach(copy.deepcopy(encoder), peru.adapters)
+    params = dict(model.named_parameters())
+    task, merged = peru.state_dict("task"), encoder.state_dict()
 
-    def there() -> None:
-        for matrix, weight, kept_back in zip(matrices, weights, saved, strict=True):
-            matrix.write_into(weight, saved=kept_back)
-
-    def back() -> None:
-        for matrix, weight, kept_back in zip(matrices, weights, saved, strict=True):
-            matrix.write_into(weight, kept_back)
-
-    there()
-    if not all(map(torch.equal, weights, tasks)):
-        raise SystemExit("write_into: wrong entries; no times are shown")
-    back()
-    if not all(map(torch.equal, weights, merged)):
-        raise SystemExit("write_into: not undone; no times are shown")
-
-    def sparse(_: int) -> None:
-        there()
-        back()
+    def ours(_: int) -> None:
+        lf.switch_task(model, "task")
+        lf.switch_task(model, None)
 
     def copies(_: int) -> None:
-        for weight, task in zip(weights, tasks, strict=True):
-            weight.copy_(task)
-        for weight, base in zip(weights, merged, strict=True):
-            weight.copy_(base)
+        for state in (task, merged):
+            for name, p in params.items():
+                p.copy_(state[name])
 
-    us = interleaved_us({"lora_fuse": sparse, "copies": copies}, budget_s)
-    held = sum(m.nbytes for m in matrices)
-    return {
-        "density": density,
-        "dtype": dtype,
-        "us": us,
-        "nbytes": held,
-        "dense_nbytes": sum(w.nbytes for w in weights),
-    }
+    lf.switch_task(model, "task")
+    if not all(torch.equal(p, task[name]) for name, p in params.items()):
+        raise SystemExit("switch_task: wrong entries; no times are shown")
+    lf.switch_task(model, None)
+    if not all(torch.equal(p, merged[name]) for name, p in params.items()):
+        raise SystemExit("switch_task: not undone; no times are shown")
+    us = interleaved_us({"lora_fuse": ours, "copies": copies}, budget_s)
+    nbytes, whole = peru.adapters["task"].nbytes, sum(p.nbytes for p in params.values())
+    return {"density": density, "dtype": encoder.dtype, "us": us, "nbytes": nbytes, "dense_nbytes": whole}
 
 
-def run(size: int, budget_s: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def run_products(size: int, budget_s: float) -> list[dict[str, Any]]:
+    """Time the product of every dtype, density and number of rows."""
     print(f"{TASKS} tasks, one {size} x {size} layer; microseconds, medians, interleaved; {_cpu.isa()}, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'dtype':10}{'density':>8}{'rows':>6}{'lora_fuse':>11}{'csr':>11}{'dense':>11}{'linear':>11}", end="")
     print(f"{'csr / us':>10}{'dense / us':>12}{'overhead':>10}{'MB a task':>11}")
-    products = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for density in (0.01, 0.05, 0.1):
-            for rows in (ROWS, 64):
-                r = product(size, density, dtype, rows, budget_s)
-                us, name = r["us"], str(dtype).removeprefix("torch.")
-                own, csr, dense, bare = (
-                    us[k] for k in ("lora_fuse", "torch.sparse csr", "dense residuals", "bare linear")
-                )
-                print(f"{name:10}{density:>8.0%}{rows:>6}{own:>11.0f}{csr:>11.0f}{dense:>11.0f}{bare:>11.0f}", end="")
-                print(
-                    f"{csr / own:>9.1f}x{dense / own:>11.1f}x{own / bare:>10.0%}{r['nbytes'] / 1e6:>11.2f}", flush=True
-                )
-                products.append(r)
-    print("\nswitch to a task and back, MiniLM-L6's encoder matrices")
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    rows_out = []
+    for dtype, density, rows in itertools.product((torch.bfloat16, torch.float32), DENSITIES, (ROWS, 64)):
+        r = product(size, density, dtype, rows, budget_s)
+        own, csr, dense, bare = (
+            r["us"][k] for k in ("lora_fuse", "torch.sparse csr", "dense residuals", "bare linear")
+        )
+        name = str(dtype).removeprefix("torch.")
+        print(f"{name:10}{density:>8.0%}{rows:>6}{own:>11.0f}{csr:>11.0f}{dense:>11.0f}{bare:>11.0f}", end="")
+        print(f"{csr / own:>9.1f}x{dense / own:>11.1f}x{own / bare:>10.0%}{r['nbytes'] / 1e6:>11.2f}", flush=True)
+        rows_out.append(r)
+    return rows_out
+
+
+def run_switches(budget_s: float) -> list[dict[str, Any]]:
+    """Time the switch of MiniLM at every dtype and density."""
+    encoder = load_encoder(cache_folder()).eval()
+    print("\nswitch to a task and back, all of MiniLM-L6; milliseconds")
     print(f"{'dtype':10}{'density':>8}{'lora_fuse':>11}{'copies':>11}{'ours / copies':>15}", end="")
     print(f"{'MB a task':>11}{'MB dense':>10}")
-    switches = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for density in (0.01, 0.05, 0.1):
-            r = switch(density, dtype, budget_s)
-            own, copy, name = r["us"]["lora_fuse"], r["us"]["copies"], str(dtype).removeprefix("torch.")
-            print(f"{name:10}{density:>8.0%}{own:>11.0f}{copy:>11.0f}{own / copy:>14.2f}x", end="")
-            print(f"{r['nbytes'] / 1e6:>11.2f}{r['dense_nbytes'] / 1e6:>10.2f}", flush=True)
-            switches.append(r)
-    return products, switches
+    rows_out = []
+    for dtype, density in itertools.product((torch.float32, torch.bfloat16), DENSITIES):
+        r = switch(encoder.to(dtype), density, budget_s)
+        own, copied, name = r["us"]["lora_fuse"], r["us"]["copies"], str(dtype).removeprefix("torch.")
+        print(f"{name:10}{density:>8.0%}{own / 1e3:>11.2f}{copied / 1e3:>11.2f}{own / copied:>14.2f}x", end="")
+        print(f"{r['nbytes'] / 1e6:>11.2f}{r['dense_nbytes'] / 1e6:>10.2f}", flush=True)
+        rows_out.append(r)
+    return rows_out
 
 
 def main() -> None:
@@ -178,9 +172,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     with torch.no_grad():
-        run(1024 if args.quick else 4096, 0.3 if args.quick else 3.0)
+        run_products(1024 if args.quick else 4096, 0.3 if args.quick else 3.0)
+        run_switches(0.3 if args.quick else 3.0)
 
 
 if __name__ == "__main__":

@@ -158,19 +158,24 @@ def _places(model: nn.Module, adapter: SparseAdapter) -> list[_Place]:
 
 def _holds(model: nn.Module, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
-    try:
-        return leaf in model.get_submodule(path)._parameters
-    except AttributeError:
-        return False
+    module = _submodule(model, path)
+    return module is not None and leaf in module._parameters
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """``model.get_submodule(path)``, which takes as long as the write; None if there is none."""
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(part)
+    return module
 
 
 def _place(model: nn.Module, adapter: SparseAdapter, name: str, where: str) -> _Place:
     """The model's parameter ``where``, and the adapter's values of ``name``."""
     path, _, leaf = where.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(f"{where}: the model has no module {path!r} any more") from None
+    module = _submodule(model, path)
+    if module is None:
+        raise ValueError(f"{where}: the model has no module {path!r} any more")
     param: Tensor | None = module._parameters.get(leaf)
     param = module._buffers.get(leaf) if param is None else param
     if param is None:
