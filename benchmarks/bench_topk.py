@@ -171,6 +171,22 @@ def show_tensor(r: dict[str, Any]) -> None:
         print(f"  {name:<26} {t / 1e3:8.2f} ms  {r['times_ours'][name]:6.1f} x prune, out=")
 
 
+def run(quick: bool, machine: roofline.Machine, budget: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Both tables: one tensor of each dtype, and a whole model."""
+    tensors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors.append(one_tensor(1024 if quick else 4096, dtype, machine, budget))
+        show_tensor(tensors[-1])
+    model = whole_model(2 if quick else 5, machine, budget)
+    print(
+        f"\n{model['tasks']} tasks, {model['tensors']} tensors of {model['entries'] / 1e6:.1f} M entries, global, minus"
+    )
+    for name, t in model["us"].items():
+        print(f"  {name:<26} {t / 1e3:8.2f} ms  {t / model['floor_us']:6.2f} x floor")
+    print(f"  extra memory {model['extra_bytes'] / 1e6:.0f} MB")
+    return tensors, model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1024 x 1024, two tasks, less time")
@@ -185,18 +201,7 @@ def main() -> None:
     _cpu.choose_isa(args.isa)
     machine = roofline.measure()
     print(f"{args.threads} threads, {_cpu.isa()}; read bandwidth {machine.bytes_per_s / 1e9:.1f} GB/s")
-    budget = args.budget or (1.0 if args.quick else 12.0)
-    tensors = []
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors.append(one_tensor(1024 if args.quick else 4096, dtype, machine, budget))
-        show_tensor(tensors[-1])
-    model = whole_model(2 if args.quick else 5, machine, budget)
-    print(
-        f"\n{model['tasks']} tasks, {model['tensors']} tensors of {model['entries'] / 1e6:.1f} M entries, global, minus"
-    )
-    for name, t in model["us"].items():
-        print(f"  {name:<26} {t / 1e3:8.2f} ms  {t / model['floor_us']:6.2f} x floor")
-    print(f"  extra memory {model['extra_bytes'] / 1e6:.0f} MB")
+    tensors, model = run(args.quick, machine, args.budget or (1.0 if args.quick else 12.0))
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"bytes_per_s": machine.bytes_per_s, "tensors": tensors, "model": model}, f, indent=1)
