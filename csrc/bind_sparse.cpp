@@ -34,17 +34,6 @@ bool wide_gaps(const TensorView& v, const char* name, int64_t length) {
   return wide;
 }
 
-void check_columns(const TensorView& v, const char* name, bool wide, int64_t bound) {
-  uint32_t worst = 0;  // as unsigned, a negative value is the largest
-  const auto scan = [&](const auto* c) {
-    for (int64_t i = 0; i < v.shape[0]; ++i) worst = std::max(worst, uint32_t(c[i]));
-  };
-  if (wide) scan(reinterpret_cast<const int32_t*>(v.data));
-  else scan(reinterpret_cast<const uint16_t*>(v.data));
-  if (v.shape[0] > 0 && int64_t(worst) >= bound)
-    fail(std::string(name) + ": value " + std::to_string(int32_t(worst)) + " is out of range, accepted are 0 to " + std::to_string(bound - 1));
-}
-
 // The positions of a SparseMatrix, checked once.
 struct Positions {
   py::object row_starts, columns, bitmap;
@@ -67,8 +56,9 @@ struct Positions {
     if (bitmap.is_none()) {
       const TensorView cv = host(columns, "columns");
       at.wide = wide_columns(cv, "columns", nnz);
-      check_columns(cv, "columns", at.wide, num_cols);
       at.columns = cv.data;
+      if (at.wide) check_columns(static_cast<const int32_t*>(at.columns));
+      else check_columns(static_cast<const uint16_t*>(at.columns));
     } else {
       const TensorView bv = host(bitmap, "bitmap");
       at.bitmap_stride = (num_cols + 63) / 64 * 8;
@@ -81,17 +71,25 @@ struct Positions {
     }
   }
 
+  template <class C>
+  void check_columns(const C* columns) const {
+    uint32_t worst = 0;  // as unsigned, a negative value is the largest
+    for (int64_t i = 0; i < nnz; ++i) worst = std::max(worst, uint32_t(columns[i]));
+    if (nnz > 0 && int64_t(worst) >= at.cols)
+      fail("columns: value " + std::to_string(int32_t(worst)) + " is out of range, accepted are 0 to " + std::to_string(at.cols - 1));
+    for (int64_t r = 0; r < at.rows; ++r) {
+      bool rises = true;
+      for (int64_t i = at.starts[r] + 1; i < at.starts[r + 1]; ++i) rises &= columns[i - 1] < columns[i];
+      if (!rises) fail("columns: do not rise within row " + std::to_string(r));
+    }
+  }
+
   void check_bitmap() const {
     for (int64_t r = 0; r < at.rows; ++r) {
-      const uint8_t* const bits = at.bitmap + r * at.bitmap_stride;
       int64_t kept = 0;
-      uint64_t word = 0;
-      for (int64_t b = 0; b < at.bitmap_stride; b += 8) {
-        std::memcpy(&word, bits + b, 8);
-        kept += __builtin_popcountll(word);
-      }
-      bool beyond = false;
-      for (int64_t c = at.cols; c < at.bitmap_stride * 8; ++c) beyond |= bits[c / 8] >> (c % 8) & 1;
+      uint64_t last = 0;
+      words_of(r, [&](int64_t, uint64_t word) { kept += __builtin_popcountll(word), last = word; });
+      const bool beyond = at.cols % 64 && last >> at.cols % 64;
       if (beyond || kept != at.starts[r + 1] - at.starts[r]) fail("bitmap: does not agree with row_starts");
     }
   }
@@ -123,9 +121,20 @@ struct Positions {
         f(i, at.wide ? static_cast<const int32_t*>(at.columns)[i] : int32_t(static_cast<const uint16_t*>(at.columns)[i]));
       return;
     }
+    words_of(row, [&](int64_t first, uint64_t word) {
+      for (; word; word &= word - 1, ++i) f(i, int32_t(first + __builtin_ctzll(word)));
+    });
+  }
+
+  // f(column of the lowest bit, 64 bits) along a row of a bitmap.
+  template <class F>
+  void words_of(int64_t row, const F& f) const {
     const uint8_t* const bits = at.bitmap + row * at.bitmap_stride;
-    for (int64_t b = 0; b < at.bitmap_stride; ++b)
-      for (unsigned rest = bits[b]; rest; rest &= rest - 1, ++i) f(i, int32_t(b * 8 + __builtin_ctz(rest)));
+    for (int64_t b = 0; b < at.bitmap_stride; b += 8) {
+      uint64_t word;
+      std::memcpy(&word, bits + b, 8);
+      f(b * 8, word);
+    }
   }
 
   void column_index(py::handle out) const {  // [nnz] int64
@@ -147,9 +156,8 @@ struct Positions {
     first[0] = 0;
     for (int64_t o = 0; o < at.rows; o += kStrip) {
       const int width = int(std::min<int64_t>(kStrip, at.rows - o)), lanes = (width + kLanes - 1) / kLanes * kLanes;
-      int64_t length[kStrip] = {};  // with fillers
-      for (int k = 0; k < width; ++k)
-        placed_gaps(o + k, widest_gap(wide), [&](int64_t, int64_t fillers, int64_t) { length[k] += fillers + 1; });
+      int64_t length[kStrip] = {};
+      for (int k = 0; k < width; ++k) length[k] = at.starts[o + k + 1] - at.starts[o + k] + fillers(o + k, widest_gap(wide));
       for (int k = 0; k < lanes; ++k) lane[k] = uint8_t(k < width ? k : kStrip);
       std::stable_sort(lane, lane + width, [&](int a, int b) { return length[a] > length[b]; });
       for (int k = 0; k < lanes; k += kLanes, ++slice) first[slice + 1] = first[slice] + length[lane[k]];
@@ -158,13 +166,30 @@ struct Positions {
     return first[slices];
   }
 
+  static int64_t fillers_of(int64_t gap, int64_t widest) { return gap > widest ? (gap - 1) / widest : 0; }
+
+  // All fillers of a row.
+  int64_t fillers(int64_t row, int64_t widest) const {
+    if (at.cols - 1 <= widest) return 0;
+    int64_t count = 0, last = 0;
+    if (at.columns)
+      entries_of(row, [&](int64_t, int32_t column) { count += fillers_of(column - last, widest), last = column; });
+    else
+      words_of(row, [&](int64_t first, uint64_t word) {  // gaps inside a word are short
+        if (!word) return;
+        count += fillers_of(first + __builtin_ctzll(word) - last, widest);
+        last = first + 63 - __builtin_clzll(word);
+      });
+    return count;
+  }
+
   // f(index of the entry, fillers before it, gap after them) for every entry of a row.
   template <class F>
   void placed_gaps(int64_t row, int64_t widest, const F& f) const {
     int64_t last = 0;
     entries_of(row, [&](int64_t i, int32_t column) {
-      const int64_t gap = column - last, fillers = gap > widest ? (gap - 1) / widest : 0;
-      f(i, fillers, gap - fillers * widest);
+      const int64_t gap = column - last, before = fillers_of(gap, widest);
+      f(i, before, gap - before * widest);
       last = column;
     });
   }
@@ -410,7 +435,8 @@ py::object get(py::handle object, PyObject* name) {
 // dispatcher has a part to play, where the kernel would decline and where the rows are not the routing's.
 bool sparse_delta_linear_eager(py::handle out, py::handle x, const Slots& slots, py::handle routing) {
   if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
-  const TensorView v = view(x, "x");
+  TensorView v;
+  if (!try_view(x, &v)) return false;
   int64_t rows = 1;
   for (int i = 0; i + 1 < v.ndim; ++i) rows *= v.shape[i];
   if (rows != PyLong_AsLongLong(get(routing, names.num_rows).ptr())) return false;

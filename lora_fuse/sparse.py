@@ -72,17 +72,29 @@ class SparseMatrix:
         return cls(values, row_starts, columns, bitmap, cols)
 
     def positions(self) -> _cpu.SparsePositions:
-        """Where the entries lie, as the kernels read it: checked, and kept for the next call. CPU tensors only.
+        """Where the entries lie, as the kernels read it: checked, and kept until one of the tensors is written.
 
         Raises:
-            ValueError: an index out of range, or a bitmap that does not agree with ``row_starts``.
+            ValueError: an index out of range, columns that do not rise within a row, or a bitmap that does not agree
+                with ``row_starts``.
         """
-        known: _cpu.SparsePositions | None = self.__dict__.get("_positions")
-        if known is None:
-            columns, bitmap = (None if t is None else t.contiguous() for t in (self.columns, self.bitmap))
-            known = _cpu.SparsePositions(self.row_starts.contiguous(), columns, bitmap, self.num_cols)
-            object.__setattr__(self, "_positions", known)
-        return known
+        parts = [self.row_starts, self.columns, self.bitmap]
+        versions = [-1 if t is None or t.is_inference() else t._version for t in parts]
+        known: tuple[list[int], _cpu.SparsePositions] | None = self.__dict__.get("_positions")
+        if known is None or known[0] != versions:
+            columns, bitmap = (None if t is None else t.detach().cpu().contiguous() for t in parts[1:])
+            starts = self.row_starts.detach().cpu().contiguous()
+            known = versions, _cpu.SparsePositions(starts, columns, bitmap, self.num_cols)
+            if self.row_starts.device.type == "cpu":  # else it would keep a copy alive
+                object.__setattr__(self, "_positions", known)
+        return known[1]
+
+    def with_values(self, values: Tensor) -> SparseMatrix:
+        """Other values ``[nnz]`` at the same places, which need not be checked again."""
+        other = replace(self, values=values)
+        if "_positions" in self.__dict__:
+            object.__setattr__(other, "_positions", self.__dict__["_positions"])
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return without_uint16({name: value for name, value in self.__dict__.items() if name != "_positions"}, "columns")
@@ -107,6 +119,20 @@ class SparseMatrix:
         """
         write_all([Write(self, weight, self.values if values is None else values, saved)])
         return weight
+
+    @torch.no_grad()
+    def read_from(self, weight: Tensor) -> Tensor:
+        """What a dense ``[num_rows, num_cols]`` holds at the kept places: ``[nnz]``, dtype and device of ``weight``.
+
+        Raises:
+            ValueError: ``weight`` has another shape.
+        """
+        _check_weight(self, weight)
+        if not _kernel_writes(self, weight):
+            return weight.detach().reshape(-1)[self.flat_index().to(weight.device)]
+        there = torch.empty(self.nnz, dtype=weight.dtype)
+        _cpu.sparse_write([(self.positions(), weight.detach(), None, there)], torch.get_num_threads())
+        return there
 
     def mask(self) -> Tensor:
         """``[num_rows, num_cols]`` bool, true where an entry is kept."""
@@ -181,33 +207,16 @@ class SparseMatrix:
         def refuse(what: str) -> None:
             raise ValueError(f"{name}: {what}")
 
-        if (self.columns is None) == (self.bitmap is None):
-            refuse("expected either columns or a bitmap")
-        if self.row_starts.dim() != 1 or self.row_starts.dtype != torch.int64 or self.num_rows < 0:
-            refuse("row_starts is not a 1-d int64 tensor")
         if self.values.dim() != 1 or not self.values.dtype.is_floating_point:
             refuse("values is not a 1-d floating-point tensor")
-        starts = self.row_starts
-        if int(starts[0]) != 0 or int(starts[-1]) != self.nnz or bool((starts.diff() < 0).any()):
-            refuse(f"row_starts does not rise from 0 to the {self.nnz} values")
-        if self.bitmap is not None:
-            want = (self.num_rows, -(-self.num_cols // _WORD) * 8)
-            if self.bitmap.dtype != torch.uint8 or tuple(self.bitmap.shape) != want:
-                refuse(f"bitmap has shape {list(self.bitmap.shape)}, expected {list(want)} of uint8")
-            shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
-            bits = ((self.bitmap[..., None] >> shifts) & 1).flatten(1)
-            if bool(bits[:, self.num_cols :].any()) or not torch.equal(bits.sum(1, dtype=torch.int64), starts.diff()):
-                refuse("the bitmap does not agree with row_starts")
-        else:
-            columns = self.columns
-            assert columns is not None
-            if columns.dtype != column_dtype(self.num_cols) or tuple(columns.shape) != (self.nnz,):
-                refuse(f"columns is not a {column_dtype(self.num_cols)} tensor of {self.nnz}")
-            index = columns.to(torch.int64)
-            if self.nnz and (int(index.min()) < 0 or int(index.max()) >= self.num_cols):
-                refuse(f"columns has values outside 0 to {self.num_cols - 1}")
-            if bool((self.flat_index().diff() <= 0).any()):
-                refuse("the columns of a row do not rise")
+        if self.columns is not None and self.columns.dtype != column_dtype(self.num_cols):
+            refuse(f"columns is not a {column_dtype(self.num_cols)} tensor")
+        try:
+            self.positions()
+        except (TypeError, ValueError) as error:
+            refuse(str(error))
+        if int(self.row_starts[-1]) != self.nnz:
+            refuse(f"row_starts ends at {int(self.row_starts[-1])}, there are {self.nnz} values")
 
 
 class Write(NamedTuple):
@@ -230,15 +239,13 @@ def write_all(writes: Iterable[Write]) -> None:
     apart: list[Write] = []
     copies: list[tuple[Tensor, Tensor]] = []
     for matrix, weight, values, saved in writes:
-        if weight.shape != matrix.shape:
-            raise ValueError(f"weight: expected shape {list(matrix.shape)}, got {list(weight.shape)}")
+        _check_weight(matrix, weight)
         if values.shape != (matrix.nnz,):
             raise ValueError(f"values: expected shape [{matrix.nnz}], got {list(values.shape)}")
         if saved is not None:
             _check_saved(matrix, weight, values, saved)
         values = values.to(device=weight.device, dtype=weight.dtype)
-        plain = weight.device.type == matrix.row_starts.device.type == "cpu" and not weight.is_neg()
-        if plain and weight.is_contiguous() and weight.element_size() in (2, 4, 8) and not weight.is_complex():
+        if _kernel_writes(matrix, weight):
             target = saved
             if saved is not None and not saved.is_contiguous():
                 target = torch.empty_like(values)
@@ -255,6 +262,18 @@ def write_all(writes: Iterable[Write]) -> None:
         if saved is not None:
             saved.copy_(weight[at])
         weight[at] = values
+
+
+def _check_weight(matrix: SparseMatrix, weight: Tensor) -> None:
+    if weight.shape != matrix.shape:
+        raise ValueError(f"weight: expected shape {list(matrix.shape)}, got {list(weight.shape)}")
+
+
+def _kernel_writes(matrix: SparseMatrix, weight: Tensor) -> bool:
+    """Whether the kernel may read and write this weight."""
+    if weight.device.type != "cpu" or matrix.row_starts.device.type != "cpu" or weight.is_neg():
+        return False
+    return weight.is_contiguous() and weight.element_size() in (2, 4, 8) and not weight.is_complex()
 
 
 def _check_saved(matrix: SparseMatrix, weight: Tensor, values: Tensor, saved: Tensor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_fuse import _cpu
+from lora_fuse.adapters.sparse_pool import pack
 from lora_fuse.sparse import SparseMatrix, Write, write_all
 
 SHAPES = [  # rows, cols, density
@@ -204,6 +205,71 @@ def test_damaged_positions_are_refused_before_any_read(form):
     with pytest.raises(ValueError, match="expected one of them"):
         replace(matrix, columns=None, bitmap=None).write_into(weight)
     assert not weight.any()
+
+
+@pytest.mark.parametrize("change", ["swap", "twice", "outside"])
+@pytest.mark.parametrize("cols", [100, 70_001], ids=["uint16", "int32"])
+def test_columns_rise_within_a_row(cols, change):
+    """Checked before the first use, and again once a tensor was written."""
+    matrix, _ = make(20, cols, 2.0 / cols)
+    matrix = other_form(matrix) if matrix.columns is None else matrix
+    matrix.write_into(torch.zeros(20, cols))
+    row = int((matrix.row_starts.diff() >= 2).nonzero()[0])
+    first = int(matrix.row_starts[row])
+    pair = matrix.columns[first : first + 2].tolist()
+    new = {"swap": pair[::-1], "twice": pair[:1] * 2, "outside": [pair[0], cols]}[change]
+    matrix.columns[first : first + 2] = torch.tensor(new).to(matrix.columns.dtype)
+    weight = torch.zeros(20, cols)
+    match = "columns: value" if change == "outside" else f"columns: do not rise within row {row}"
+    for bad in (matrix, copy.deepcopy(matrix)):
+        with pytest.raises(ValueError, match=match):
+            bad.write_into(weight)
+        with pytest.raises(ValueError, match=f"m: {match}"):
+            bad.check("m")
+    assert not weight.any()
+
+
+@pytest.mark.parametrize(("rows", "cols", "density"), SHAPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e5m2], ids=str)
+def test_reading_the_kept_places(rows, cols, density, dtype):
+    smaller, mask = make(rows, cols, density)
+    weight = torch.randn(rows, cols).to(dtype)
+    want, version = weight.float()[mask], weight._version
+    for matrix in (smaller, other_form(smaller)):
+        for t in (weight, weight.t().contiguous().t(), torch.nn.Parameter(weight)):
+            got = matrix.read_from(t)
+            assert got.dtype == dtype
+            assert not got.requires_grad
+            assert torch.equal(got.float(), want)
+    assert weight._version == version
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        smaller.read_from(torch.zeros(rows + 1, cols))
+
+
+@pytest.mark.parametrize("cols", [200, 257, 5000, 70_001])
+def test_packing_entries_that_lie_far_apart(cols):
+    """Both forms of positions are packed alike, with fillers where a gap is too wide for its type."""
+    torch.manual_seed(0)
+    mask = torch.zeros(70, cols, dtype=torch.bool)
+    mask[:, -3:] = True  # one gap over the whole row
+    mask[1, ::256] = mask[2, ::255] = mask[3, ::64] = mask[4, ::511] = True  # just fitting, just not
+    mask[5], mask[6, :100], mask[7] = True, True, False
+    dense = torch.randn(70, cols) * mask
+    smaller = SparseMatrix.from_mask(dense, mask)
+    first, second = (pack(m, torch.float32, None, torch.device("cpu")) for m in (smaller, other_form(smaller)))
+    for a, b in zip(first.map(torch.clone).__dict__.values(), second.__dict__.values(), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    assert torch.equal(first.dense(70, cols, torch.float32), dense)
+
+
+def test_other_values_at_the_same_places():
+    matrix, mask = make(20, 30, 0.3)
+    known = matrix.positions()
+    other = matrix.with_values(-matrix.values)
+    assert other.positions() is known
+    assert torch.equal(other.to_dense(), -matrix.to_dense())
+    assert torch.equal(matrix.mask(), mask)
 
 
 def test_copies_forget_the_checked_view():

@@ -8,13 +8,18 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import _size
 from lora_fuse.sparse import SparseMatrix
+
+_Key = TypeVar("_Key")
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -24,6 +29,15 @@ def fingerprint(tensor: Tensor) -> str:
     if not flat.numel():
         return f"{start:08x}"
     return f"{zlib.crc32(flat.reshape(-1).view(torch.uint8).numpy().data, start):08x}"
+
+
+def fingerprints(tensors: Mapping[_Key, Tensor]) -> dict[_Key, str]:
+    """``fingerprint`` of each, on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return {name: fingerprint(t) for name, t in tensors.items()}
+    with ThreadPoolExecutor(threads) as pool:  # zlib lets go of the GIL
+        return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -117,8 +131,8 @@ class SparseAdapter:
                 f"merged_weight: {name!r} has shape {list(self.shapes[name])}, got {list(merged_weight.shape)}"
             )
         wide = torch.float64 if torch.float64 in (matrix.values.dtype, merged_weight.dtype) else torch.float32
-        there = merged_weight.detach().reshape(-1)[matrix.flat_index()].to(wide)
-        return replace(matrix, values=(matrix.values.to(wide) - there).to(merged_weight.dtype))
+        there = matrix.read_from(merged_weight.detach().reshape(matrix.shape)).to(wide)
+        return matrix.with_values((matrix.values.to(wide) - there).to(merged_weight.dtype))
 
     def check_merged(self, merged: Mapping[str, Tensor]) -> None:
         """Refuse weights that are not the ``theta*`` this adapter belongs to.
@@ -126,13 +140,14 @@ class SparseAdapter:
         Raises:
             ValueError: naming the first parameter that is missing or differs.
         """
+        found = fingerprints({name: merged[name] for name in self.fingerprint if name in merged})
         for name, expected in self.fingerprint.items():
             tensor = merged.get(name)
             if tensor is None:
                 raise ValueError(
                     f"merged: has no {name!r}; the sparse adapter from {self.source} belongs to other merged weights"
                 )
-            if fingerprint(tensor) != expected:
+            if found[name] != expected:
                 raise ValueError(
                     f"merged: {name!r} ({tensor.dtype}, shape {list(tensor.shape)}) is not what the sparse adapter "
                     f"from {self.source} was made against; load the merged weights that belong to it first"
@@ -198,7 +213,7 @@ class SparseAdapter:
             *self.dense.items(),
             *self.heads.items(),
         ):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 refuse(name, "has NaN or infinite entries")
         for name, (kept, whole) in self.squares.items():
             if not (0.0 <= kept <= whole * (1 + 1e-9) and math.isfinite(whole)):

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from lora_fuse.adapters._atomic import atomic_directory
-from lora_fuse.adapters.files import read_json, read_safetensors, write_json, write_safetensors
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
+from lora_fuse.adapters.files import CONFIG_NAME, read_json, read_safetensors, write_json, write_safetensors
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprints
 from lora_fuse.sparse import SparseMatrix
 
 SPARSE_CONFIG, SPARSE_WEIGHTS = "sparse_adapter.json", "sparse_adapter.safetensors"
+PERU_CONFIG = "peru.json"  # beside the folders of the tasks
 _FORMAT, _VERSION = "lora_fuse.sparse_adapter", 1
 _MATRIX, _DENSE, _HEAD = "matrix/", "dense/", "head/"
 
@@ -61,9 +62,31 @@ def write_sparse_adapter(adapter: SparseAdapter, folder: Path) -> None:
         "heads": list(adapter.heads),
         "merged": dict(adapter.fingerprint),
         "aliases": dict(adapter.aliases),
-        "checksums": {key: fingerprint(t) for key, t in sorted(tensors.items())},
+        "checksums": fingerprints(dict(sorted(tensors.items()))),
     }
     write_json(folder / SPARSE_CONFIG, config)
+
+
+def sparse_folder(source: str | os.PathLike[str]) -> Path | None:
+    """The folder to give to ``load_sparse_adapter``, or None: nothing there looks like a sparse adapter's.
+
+    Args:
+        source: a path, or a hub id.
+    Raises:
+        ValueError: a PERU of several tasks (their folders are named), or a folder that holds a LoRA too.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    if any((folder / name).is_file() for name in (SPARSE_CONFIG, SPARSE_WEIGHTS)):
+        if (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{folder}: holds both {SPARSE_CONFIG} and {CONFIG_NAME}; keep the two adapters apart")
+        return folder
+    tasks = sorted(path.parent.name for path in folder.glob(f"*/{SPARSE_CONFIG}"))
+    if tasks or (folder / PERU_CONFIG).is_file():
+        has = f"give the folder of one of its tasks: {_few(tasks)}" if tasks else "it has no tasks"
+        raise ValueError(f"{folder}: holds a whole PERU, not one adapter; {has}")
+    return None
 
 
 def load_sparse_adapter(directory: str | os.PathLike[str]) -> SparseAdapter:
@@ -142,7 +165,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Mapping[
         raise ValueError(f"{path}: lacks {_few(missing)}")
     if unknown := sorted(tensors.keys() - checksums.keys()):
         raise ValueError(f"{path}: unknown tensors {_few(unknown)}")
-    if damaged := [key for key in sorted(tensors) if fingerprint(tensors[key]) != checksums[key]]:
+    found = fingerprints(tensors)
+    if damaged := [key for key in sorted(tensors) if found[key] != checksums[key]]:
         raise ValueError(f"{path}: damaged or changed: {_few(damaged)} do not match the checksums written with them")
 
 

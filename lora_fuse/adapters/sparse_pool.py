@@ -80,12 +80,7 @@ class PackedDelta:
 
 def pack(matrix: SparseMatrix, dtype: torch.dtype, bias: Tensor | None, device: torch.device) -> PackedDelta:
     """The packed form, on ``device``; packing itself runs on the CPU."""
-    columns, bitmap = (None if t is None else t.detach().cpu() for t in (matrix.columns, matrix.bitmap))
-    on_cpu = SparseMatrix(
-        matrix.values.detach().to("cpu", dtype).contiguous(), matrix.row_starts.cpu(), columns, bitmap, matrix.num_cols
-    )
-    positions = on_cpu.positions()
-    rows = matrix.num_rows
+    positions, rows = matrix.positions(), matrix.num_rows
     slices = rows // _STRIP * (_STRIP // _LANES) + -(-(rows % _STRIP) // _LANES)
     forms = []
     for gap_dtype in (torch.uint8, torch.uint16):  # short gaps need fillers where entries lie far apart
@@ -96,7 +91,7 @@ def pack(matrix: SparseMatrix, dtype: torch.dtype, bias: Tensor | None, device: 
     _, entries, gap_dtype, starts, order = min(forms, key=lambda form: form[0])
     values = torch.empty(entries, dtype=dtype)
     gaps = torch.empty(entries, dtype=gap_dtype)
-    positions.pack(on_cpu.values, starts, order, values, gaps)
+    positions.pack(matrix.values.detach().to("cpu", dtype).contiguous(), starts, order, values, gaps)
     return PackedDelta(values, gaps, starts, order, bias).map(lambda t: t.to(device))
 
 

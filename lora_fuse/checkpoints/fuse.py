@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.checkpoints.edits import Edit, NewValues, Unchanged
 from lora_fuse.checkpoints.header import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
@@ -20,7 +21,7 @@ from lora_fuse.checkpoints.plan import FusePlan, plan_fuse
 from lora_fuse.checkpoints.read import Checkpoint, open_checkpoint, read_bytes
 from lora_fuse.checkpoints.write import OutTensor, ShardWriter, lay_out, write_index, write_json
 from lora_fuse.merging.rounding import round_nearest, round_stochastic
-from lora_fuse.merging.terms import SavePolicy, Weights, all_finite
+from lora_fuse.merging.terms import SavePolicy, Weights
 
 # Weights in other formats would be stale beside the new ones, and training states do not belong to the result.
 _NOT_COPIED = (

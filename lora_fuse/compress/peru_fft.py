@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint, same_bits
 from lora_fuse.compress.peru_plan import Patterns, Plan, make_plan, matches
 from lora_fuse.compress.peru_report import PeruReport, report_task
 from lora_fuse.functional import sparsify
 from lora_fuse.merging import full
 from lora_fuse.merging.progress import track
-from lora_fuse.merging.terms import all_finite
 from lora_fuse.merging.weights import Weights, WeightSource, open_weights
 from lora_fuse.sparse import SparseMatrix
 
@@ -299,8 +299,8 @@ def _adapter(
 
 def _squares(ours: Tensor, target: Tensor, matrix: SparseMatrix) -> tuple[float, float]:
     """Sums of squares of ``ours - target`` over the kept places and over all, in fp64."""
-    a, b = ours.reshape(-1), target.reshape(-1)
-    return _square_sum(matrix.values, b[matrix.flat_index()]), _square_sum(a, b)
+    kept = matrix.read_from(target.reshape(matrix.shape))
+    return _square_sum(matrix.values, kept), _square_sum(ours.reshape(-1), target.reshape(-1))
 
 
 def _square_sum(a: Tensor, b: Tensor) -> float:

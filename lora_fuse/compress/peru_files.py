@@ -8,18 +8,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from lora_fuse.adapters._atomic import atomic_directory
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.files import read_safetensors, write_json, write_safetensors
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
-from lora_fuse.adapters.sparse_files import check_tensors, load_sparse_adapter, read_fields, write_sparse_adapter
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprints
+from lora_fuse.adapters.sparse_files import (
+    PERU_CONFIG,
+    SPARSE_CONFIG,
+    check_tensors,
+    load_sparse_adapter,
+    read_fields,
+    write_sparse_adapter,
+)
 from lora_fuse.compress.peru_fft import MERGES, SCOPES, Peru, check_task_name
 from lora_fuse.compress.peru_plan import Treatment
 from lora_fuse.compress.peru_report import PeruReport, report_task
 
-PERU_CONFIG, MERGED_NAME = "peru.json", "merged.safetensors"
+MERGED_NAME = "merged.safetensors"
 _FORMAT, _VERSION = "lora_fuse.peru", 1
 _FIELDS = {
     "settings": dict,
@@ -35,7 +42,7 @@ _FIELDS = {
 def save_peru(peru: Peru, directory: str | os.PathLike[str]) -> None:
     """Write a PERU folder; see ``Peru.save_pretrained``."""
     tensors = {name: t for name, t in peru.merged.items() if name not in peru.aliases}
-    checksums = {name: fingerprint(t) for name, t in tensors.items()}
+    checksums = fingerprints(tensors)
     for task, adapter in peru.adapters.items():
         check_task_name(task)
         adapter.check()
@@ -78,14 +85,16 @@ def load_peru(directory: str | os.PathLike[str], tasks: Iterable[str] | None = N
     folder = Path(directory).expanduser()
     path = folder / PERU_CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder}: not a PERU folder: there is no {PERU_CONFIG} in it")
+        one = (folder / SPARSE_CONFIG).is_file()
+        hint = ", only one task; attach takes it, load_peru its parent folder" if one else ""
+        raise ValueError(f"{folder}: not a PERU folder: there is no {PERU_CONFIG} in it{hint}")
     config = read_fields(path, _FORMAT, _VERSION, _FIELDS)
     _check_settings(path, config["settings"])
     wanted = _wanted(folder, config["tasks"], tasks)
     stored, _ = read_safetensors(folder / MERGED_NAME)
     check_tensors(folder / MERGED_NAME, stored, config["checksums"])
     for name, tensor in stored.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"{folder / MERGED_NAME}: {name!r} has NaN or infinite entries")
     aliases, treatments = config["aliases"], config["treatments"]
     _check_names(path, config, stored)

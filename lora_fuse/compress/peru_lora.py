@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.combine import from_svd, svd_of
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
@@ -15,7 +16,6 @@ from lora_fuse.merging.terms import (
     LayerTerm,
     Sources,
     Term,
-    all_finite,
     check_dtype,
     check_finite,
     check_truncation,

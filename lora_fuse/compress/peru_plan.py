@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.sparse_adapter import same_bits
-from lora_fuse.merging.terms import all_finite
 from lora_fuse.merging.weights import Entry, Weights
 
 Treatment: TypeAlias = Literal["pruned", "dense", "shared", "head"]

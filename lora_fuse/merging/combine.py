@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
 from lora_fuse.merging.progress import track
@@ -17,7 +18,6 @@ from lora_fuse.merging.terms import (
     Sources,
     Term,
     Weights,
-    all_finite,
     check_dtype,
     check_finite,
     check_truncation,

@@ -15,9 +15,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.functional import topk_mask
 from lora_fuse.merging.progress import track
-from lora_fuse.merging.terms import all_finite
 from lora_fuse.merging.weights import Weights
 
 StateDict: TypeAlias = Mapping[str, Tensor]

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.rounding import round_nearest, round_stochastic
@@ -18,7 +19,6 @@ from lora_fuse.merging.terms import (
     SavePolicy,
     Sources,
     Weights,
-    all_finite,
     check_finite,
     combine_base_weights,
     combine_saved,

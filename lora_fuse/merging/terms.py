@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
 
 Source: TypeAlias = LoraAdapter | str | os.PathLike[str]
@@ -115,13 +116,6 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ValueError(f"energy: expected 0 < energy <= 1, got {energy}")
-
-
-def all_finite(t: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: one of those makes the sum so too, and a sum needs no temporary."""
-    t = t.float() if t.element_size() == 1 else t  # fp8 has no arithmetic
-    total = float(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32))
-    return math.isfinite(total) or bool(torch.isfinite(t).all())  # finite entries may still overflow their sum
 
 
 def check_finite(terms: Iterable[Term]) -> None:

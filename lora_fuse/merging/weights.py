@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.files import refuse_pickle
-from lora_fuse.merging.terms import all_finite
 
 WeightSource: TypeAlias = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.nn.linear import AdaptedModule, rebuildable, wrapped_class
 from lora_fuse.nn.selection import Published, Snapshot
 from lora_fuse.nn.serving import BY_HANDLE, Serving
@@ -339,7 +340,7 @@ def misfit(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
         shape, want = tuple(tensor.shape), tuple(own[name].shape)
         if shape != want and not (name in free and shape[1:] == want[1:] and shape[0] > 0):
             return f"the saved {name} has shape {list(shape)}, the module's {list(want)}"
-        if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype.is_floating_point and not all_finite(tensor):
             return f"the saved {name} is not finite"
     if len({tensors[name].shape[0] for name in free & tensors.keys()}) > 1:
         return "the saved weight and bias have different widths"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.nn import heads, sparse_plan
@@ -176,7 +177,7 @@ def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
     for path, layer in adapter.layers.items():
         if not abs(layer.scaling) <= torch.finfo(torch.float32).max:  # nor NaN
             raise ValueError(f"adapter {name!r}: {path} has the scaling {layer.scaling}, accepted is a finite number")
-        if not all(bool(torch.isfinite(t).all()) for t in layer.tensors()):
+        if not all(all_finite(t) for t in layer.tensors()):
             raise ValueError(f"adapter {name!r}: {path} has factors that are not finite")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprints
 from lora_fuse.nn import heads
 from lora_fuse.nn.linear import original_class
 from lora_fuse.nn.sparse_rows import EmbeddingSlots, NormSlots, is_norm
@@ -43,7 +43,7 @@ class Places:
         self.modules = modules
         self.tensors: dict[str, Tensor] = {}  # every name of a parameter or buffer
         self.users: dict[int, dict[tuple[str, str], Tensor]] = {}  # storage -> (canonical path, leaf) -> tensor
-        self._prints: dict[str, str] = {}
+        self._prints: dict[int, str] = {}  # id of a tensor -> its fingerprint
         for path, module in modules.items():
             if ours(path):
                 continue
@@ -53,10 +53,11 @@ class Places:
                     users = self.users.setdefault(_storage(tensor), {})
                     users[canonical[id(module)], leaf] = tensor
 
-    def fingerprint(self, name: str) -> str:
-        if name not in self._prints:
-            self._prints[name] = fingerprint(self.tensors[name])
-        return self._prints[name]
+    def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
+        """Of those that have data; each tensor is read once."""
+        ids = {name: id(self.tensors[name]) for name in names if self.tensors[name].device.type != "meta"}
+        self._prints |= fingerprints({key: self.tensors[name] for name, key in ids.items() if key not in self._prints})
+        return {name: self._prints[key] for name, key in ids.items()}
 
     def of(self, name: str, adapter: SparseAdapter) -> list[tuple[str, str]] | str:
         """``(canonical path, leaf)`` of every module that uses this parameter, or why they cannot be told.
@@ -151,13 +152,15 @@ def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
     tied = {
         alias: prints[first] for alias, first in adapter.aliases.items() if first in prints and alias in places.tensors
     }
-    for parameter, expected in {**prints, **tied}.items():
+    wanted = {**prints, **tied}
+    found = places.fingerprints(parameter for parameter in wanted if parameter in places.tensors)
+    for parameter, expected in wanted.items():
         if parameter not in places.tensors:
             raise ValueError(f"{where}: {parameter}: {places.unknown(parameter)}")
         tensor = places.tensors[parameter]
         if tensor.device.type == "meta":
             raise ValueError(f"{where}: {parameter} is on the meta device, it has no data (offloaded?)")
-        if places.fingerprint(parameter) != expected:
+        if found[parameter] != expected:
             raise ValueError(
                 f"{where}: the model's {parameter} ({tensor.dtype}, shape {list(tensor.shape)}) is not the merged "
                 "weight that the adapter was made against; load the merged weights into the model first (and cast the "

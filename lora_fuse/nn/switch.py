@@ -115,7 +115,7 @@ class _Place:
         elif self.matrix is None:
             saved[self.name] = self.param.clone()
         else:
-            saved[self.name] = self.param.reshape(-1)[self.matrix.flat_index()]
+            saved[self.name] = self.matrix.read_from(self.param.reshape(self.matrix.shape))
 
     def written(self, saved: Mapping[str, Tensor]) -> bool:
         """Whether the task's values may be there, and ``saved`` holds what they overwrote."""

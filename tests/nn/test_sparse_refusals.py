@@ -147,7 +147,7 @@ def test_adapters_that_are_damaged() -> None:
     for bad, why in (
         (replace(adapter, dense=nan), "'norm.bias' has NaN"),
         (replace(adapter, dense=short), r"norm.bias has shape \[23\], the model's \[24\]"),
-        (replace(adapter, matrices=wrong), "row_starts does not rise"),
+        (replace(adapter, matrices=wrong), "'words.weight': row_starts: must rise from 0"),
         (replace(adapter, fingerprint={}), "has no fingerprint"),
     ):
         with pytest.raises(ValueError, match=why):
