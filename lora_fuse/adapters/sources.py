@@ -116,7 +116,10 @@ def open_path(
     path = Path(source).expanduser()
     if path.is_dir():
         if any((path / name).is_file() for name in ("peru.json", "sparse_adapter.json")):
-            raise ValueError(f"source: {path} holds sparse full fine-tunes, not a LoRA; use lora_fuse.load_peru")
+            raise ValueError(
+                f"source: {path} holds sparse full fine-tunes, not a LoRA; use lora_fuse.load_peru, or "
+                "give the folder of one task to lora_fuse.attach"
+            )
         return _open_directory(path, adapter_name, device)
     if path.exists():
         tensors, header = read_safetensors(path, device)

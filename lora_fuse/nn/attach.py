@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -9,9 +10,11 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import nn
 
+from lora_fuse.adapters.load import load_adapter
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
+from lora_fuse.adapters.sparse_files import load_sparse_adapter, sparse_folder
 from lora_fuse.nn import bypass, generate, heads
 from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
 from lora_fuse.nn.linear import AdaptedModule, original_class
@@ -32,12 +35,13 @@ def _load(adapters: Mapping[str, Any]) -> dict[str, _Adapter]:
     for name, source in adapters.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"adapters: names are non-empty strings, got {name!r}")
-        if not isinstance(source, (LoraAdapter, SparseAdapter)):
-            from lora_fuse.adapters.load import load_adapter
-
-            source = load_adapter(source)
-        loaded[name] = source
+        loaded[name] = source if isinstance(source, (LoraAdapter, SparseAdapter)) else _open(source)
     return loaded
+
+
+def _open(source: Any) -> _Adapter:
+    folder = sparse_folder(source) if isinstance(source, (str, os.PathLike)) else None
+    return load_adapter(source) if folder is None else load_sparse_adapter(folder)
 
 
 def attach(
@@ -66,7 +70,8 @@ def attach(
 
     Args:
         model: the outermost module, the one whose forward is called. Selections belong to it.
-        adapters: name -> ``LoraAdapter``, ``SparseAdapter``, or whatever ``load_adapter`` takes. May be empty.
+        adapters: name -> ``LoraAdapter``, ``SparseAdapter``, whatever ``load_adapter`` takes, or the folder of a sparse
+            adapter (one task's in a saved PERU). May be empty.
         num_slots: how many adapters may be attached at once; default ``max(8, number given)``.
         max_rank: largest rank that will fit; default the largest present.
         batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``. A layer whose input has another
@@ -237,7 +242,7 @@ def add_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = _
 
     Args:
         name: must be new.
-        adapter: a ``LoraAdapter``, a ``SparseAdapter``, or whatever ``load_adapter`` takes.
+        adapter: one, or where it lies, as ``attach`` takes them.
         timeout: seconds to wait for a slot that running forwards still hold.
     Raises:
         ValueError: the name is taken, all slots are, the adapter does not fit, or a task is switched in
@@ -266,7 +271,7 @@ def swap_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = 
 
     Args:
         name: an attached adapter.
-        adapter: what to put there.
+        adapter: what to put there, likewise.
         timeout: seconds to wait for the spare slot, if running forwards (or graphs awaiting their backward) still hold
             it.
     Raises:
