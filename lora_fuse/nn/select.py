@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_fuse.nn import heads
 from lora_fuse.nn.attachment import AttachedAdapter, attachment_of
-from lora_fuse.nn.linear import AdaptedModule
 from lora_fuse.nn.selection import Selection, SelectionLike, parse_selection
 from lora_fuse.nn.serving import Context
 from lora_fuse.nn.switch import refuse_while_switched, selects_base
@@ -71,11 +70,6 @@ def _parse(model: nn.Module, selection: SelectionLike) -> Selection:
     if not selects_base(parsed):
         refuse_while_switched(attachment, "selection")
     return parsed
-
-
-def attached_layers(model: nn.Module) -> dict[str, AdaptedModule]:
-    """The layers that have slots for LoRA factors, by module path."""
-    return dict(attachment_of(model).layers)
 
 
 def head_sizes(model: nn.Module) -> dict[str, dict[str | None, int]]:

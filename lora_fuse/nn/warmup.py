@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fuse.adapters.routing import Routing
-from lora_fuse.functional import multi_lora
-from lora_fuse.nn.select import attached_layers
+from lora_fuse.functional import multi_lora, sparse_delta_linear
+from lora_fuse.nn.attachment import Attachment, attachment_of
+from lora_fuse.nn.sparse_site import LinearSlots
 
 
 @torch.no_grad()
 def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
-    """Run every distinct kind of attached layer's LoRA part once, on zeros.
+    """Run every distinct kind of attached layer's adapter part once, on zeros: LoRA factors and sparse deltas.
 
     On a CPU this loads the native library, settles the instruction set and starts the thread pool; the kernels
     themselves were compiled when the package was built. On a device whose kernels are compiled at run time it compiles
     those for the layer sizes and dtypes of this model. It never runs the model itself, so what ``torch.compile`` makes
-    of it is not warmed.
+    of it is not warmed. Norms, embeddings and heads of sparse adapters are plain torch, with nothing to get ready.
 
     Args:
         model: an attached model.
         num_tokens: batch sizes, in rows, to run.
     Returns:
-        How many distinct (sizes, dtype, device) were run.
+        How many distinct (LoRA or sparse, sizes, dtype, device) were run.
     Raises:
         ValueError: the model is not attached, or ``num_tokens`` holds something other than integers from 0.
     """
     if not isinstance(num_tokens, Sequence) or any(type(n) is not int or n < 0 for n in num_tokens):
         raise ValueError(f"num_tokens: got {num_tokens!r}, accepted is a sequence of integers from 0")
     seen = set()
-    for layer in attached_layers(model).values():
-        pool = layer.lora_pool
-        a, b = pool.pool_a, pool.pool_b
-        kind = (a.shape, b.shape, a.dtype, a.device)
+    for op, pool, slots, sizes, like in _parts(attachment_of(model)):
+        kind = (op, sizes, like.dtype, like.device)
         if kind in seen:
             continue
         seen.add(kind)
         for rows in num_tokens:
-            x = torch.zeros(rows, a.shape[1], dtype=a.dtype, device=a.device)
-            y = torch.zeros(rows, b.shape[1], dtype=a.dtype, device=a.device)
-            slots = torch.arange(rows, device=a.device) % pool.num_slots
-            multi_lora(x, pool, Routing.from_slots(slots, pool.num_slots), out=y)
+            x, y = (torch.zeros(rows, size, dtype=like.dtype, device=like.device) for size in sizes)
+            used = torch.tensor(slots, device=like.device)[torch.arange(rows, device=like.device) % len(slots)]
+            op(x, pool, Routing.from_slots(used, pool.num_slots), out=y)
     return len(seen)
+
+
+def _parts(attachment: Attachment) -> Iterator[tuple[Callable[..., Tensor], Any, list[int], tuple[int, int], Tensor]]:
+    """Op, pool, the slots to run, in and out features, a tensor of its dtype and device."""
+    for layer in attachment.layers.values():
+        pool = layer.lora_pool
+        sizes = pool.pool_a.shape[1], pool.pool_b.shape[1]
+        yield multi_lora, pool, list(range(pool.num_slots)), sizes, pool.pool_a
+    for site in attachment.sparse.values():
+        slots = site.lora_sparse
+        if isinstance(slots, LinearSlots) and slots.filled:
+            sparse = slots.pool
+            sizes = sparse.in_features, sparse.out_features
+            yield sparse_delta_linear, sparse, sorted(slots.filled), sizes, sparse.anchor

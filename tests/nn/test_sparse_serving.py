@@ -14,6 +14,8 @@ from sparse_models import fine_tuned, materialised, mixture, model_of, sparse_ad
 from torch import Tensor, nn
 
 import lora_fuse as lf
+from lora_fuse.functional import sparse_delta_linear
+from lora_fuse.nn import warmup
 from lora_fuse.nn.sparse_site import SparseSite
 
 KINDS = ("tokens", "images")
@@ -156,6 +158,34 @@ def test_a_slot_per_token() -> None:
     by_token, base, by_sample = embedded
     assert torch.equal(by_token, by_sample)
     assert torch.equal(by_token[1], base[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warmup_runs_sparse_slots(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every distinct kind of layer with sparse products once per batch size, in slots that hold something."""
+    seen: list[tuple[int, int, int, list[int]]] = []
+
+    def counted(x: Tensor, pool: Any, routing: Any, out: Tensor) -> Tensor:
+        used = [slot for slot, n in enumerate(routing.segment_starts.diff().tolist()) if n]
+        assert all(pool.packed[slot] is not None for slot in used)
+        seen.append((x.shape[0], x.shape[1], out.shape[1], used))
+        return sparse_delta_linear(x, pool, routing, out=out)
+
+    monkeypatch.setattr(warmup, "sparse_delta_linear", counted)
+    model, x, adapters = prepared(kind)
+    sparse = {name: a for name, a in adapters.items() if name != "lora"}
+    lf.attach(model, sparse, num_slots=6, max_rank=4)
+    slots = sorted(lf.adapter_slots(model).values())
+    sizes = {"tokens": [(24, 40), (40, 24), (24, 6)], "images": [(27, 8), (8, 12), (12, 5)]}[kind]
+    assert lf.warmup(model, num_tokens=(0, 1, 7)) == 3
+    assert seen == [(n, *size, slots[: min(n, 3)]) for size in sizes for n in (0, 1, 7)]
+    lf.add_adapter(model, "lora", adapters["lora"])
+    assert lf.warmup(model) == 3 + len(LORA_LAYERS[kind])
+    with torch.no_grad(), lf.use_adapters(model, ENTRIES):
+        assert_close(model(x), model_of(kind)[0], adapters, ENTRIES, x)
+    for name in adapters:
+        lf.remove_adapter(model, name)
+    assert lf.warmup(model) == len(LORA_LAYERS[kind])
 
 
 def test_positions_that_could_be_samples_are_refused() -> None:
