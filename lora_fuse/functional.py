@@ -131,7 +131,7 @@ def sparse_delta_linear(x: Tensor, pool: SparsePool, routing: Routing, out: Tens
         if y is not None and slots is not None and _sparse_delta_linear_eager(y, x, slots, routing):
             return y
     _check_call(x, routing, out)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype.is_floating_point and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear; the pool follows
     elif x.dtype != pool.dtype:
         raise ValueError(f"x: dtype {x.dtype}, the pool holds {pool.dtype}")

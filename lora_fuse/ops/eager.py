@@ -42,6 +42,15 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def kernel_views(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same two tensors as C++ reads them: no lazy conjugate or negative, at most 8 dimensions."""
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    if x.dim() > 8:
+        out, x = out.view(out.shape[:-1].numel(), out.shape[-1]), x.flatten(0, -2)
+    return out, x
+
+
 def passing_tensors() -> bool:
     """True where a new tensor may be a wrapper that does not outlive a dispatch mode or a functorch transform."""
     return bool(_C._len_torch_dispatch_stack()) or _functorch_level() is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
 from lora_fuse.ops._library import transformable as _transformable
+from lora_fuse.ops.eager import kernel_views
 
 PoolTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 RoutingTensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
@@ -24,10 +25,7 @@ LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> (
 
 def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
     pool, routing = args[:4], args[4:]
-    if x.is_conj() or x.is_neg():
-        x = x.resolve_conj().resolve_neg()
-    if x.dim() > 8:  # more than C++ reads
-        out, x = out.view(out.shape[:-1].numel(), out.shape[-1]), x.flatten(0, -2)
+    out, x = kernel_views(out, x)
     threads = torch.get_num_threads()
     if _cpu.multi_lora(out, x, pool, routing, threads):
         return

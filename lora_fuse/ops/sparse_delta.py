@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
 from lora_fuse.ops._library import transformable as _transformable
+from lora_fuse.ops.eager import kernel_views
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.sparse_pool import SparsePool
@@ -48,7 +49,7 @@ def _pool(number: int) -> SparsePool:
 def _cpu_(out: Tensor, x: Tensor, number: int, features: int, transposed: bool, bias: bool, *routing: Any) -> None:
     slots = None if transposed or not bias else _pool(number).slots_as(x.dtype)
     if slots is not None:
-        x = x.resolve_conj().resolve_neg()
+        out, x = kernel_views(out, x)
         threads = torch.get_num_threads()
         for t in (x, x.contiguous()):  # the second where x has no [rows, features] view
             if _cpu.sparse_delta_linear(out, t, slots, routing, threads):
@@ -116,6 +117,8 @@ def _check(
     starts: list[int],
 ) -> None:
     """What the kernel checks in C++, for those who have none; indexing checks the values of ``rows``."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
     if not (x.dtype.is_floating_point or x.dtype.is_complex) or x.dtype != out.dtype:
         raise ValueError(f"x, out: dtypes {x.dtype} and {out.dtype}, accepted is one floating dtype for both")
     if (x.shape[-1], out.shape[-1]) != sizes:

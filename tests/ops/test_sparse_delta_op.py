@@ -141,6 +141,32 @@ class TestTheFastPathStepsAside:
         assert self.kernel_calls == 0
         assert torch.equal(got, self.want)
 
+    def test_tensors_without_data(self):
+        """Shapes alone: the fake's answer, with autocast as without."""
+        got = self.call(self.x.to("meta"))
+        assert (got.device.type, got.shape, got.dtype) == ("meta", (4, 12), torch.float32)
+        out = torch.empty(4, 12, device="meta")
+        assert sparse_delta_linear(self.x.to("meta"), self.pool, self.routing, out=out) is out
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.call(self.x.to("meta")).device.type == "meta"
+        assert self.kernel_calls == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_more_dimensions_than_the_kernel_reads(self, dtype):
+        self.pool.to(dtype)
+        x = self.x.to(dtype)
+        want = sparse_delta_linear(x, self.pool, self.routing)
+        self.kernel_calls = 0
+        many = x.view(1, 1, 2, 1, 1, 1, 1, 2, 20)
+        got = self.call(many)
+        assert self.kernel_calls == 0
+        assert got.shape == (*many.shape[:-1], 12)
+        assert torch.equal(got.view(4, 12), want)
+        out = torch.ones_like(got)
+        assert sparse_delta_linear(many, self.pool, self.routing, out=out) is out
+        flat = sparse_delta_linear(x, self.pool, self.routing, out=torch.ones_like(want))
+        assert torch.equal(out.view(4, 12), flat)
+
     def test_grad_and_functorch(self):
         x = self.x.clone().requires_grad_()
         (want,) = torch.autograd.grad(self.call(x).square().sum(), x)
@@ -241,6 +267,17 @@ class TestBadInput:
         out, x = self.out.bfloat16(), self.x.bfloat16()
         with pytest.raises(ValueError, match="slot 0 of the pool holds float32"):
             _cpu.sparse_delta_linear(out, x, self.pool.slots, self.routing.tensors, 1)
+
+    def test_no_dimensions(self):
+        with pytest.raises(ValueError, match=r"x: expected \[..., in_features\]"):
+            sparse_delta_linear(torch.tensor(1.0), self.pool, Routing.from_slots(torch.tensor([1]), 3))
+
+    @pytest.mark.parametrize("out", [True, False], ids=["out", "new"])
+    def test_layouts(self, out):
+        for x in (self.x.to_sparse(), self.x.to_mkldnn()):
+            with pytest.raises(TypeError, match="x: expected a strided tensor, got layout"):
+                sparse_delta_linear(x, self.pool, self.routing, out=self.out if out else None)
+        assert torch.equal(self.out, self.before)
 
     def test_a_pool_that_is_gone(self):
         args = list(args_of(self.pool, self.routing))
