@@ -8,9 +8,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +16,6 @@ from torch import Tensor
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import _size
 from lora_fuse.sparse import SparseMatrix
-
-_Key = TypeVar("_Key")
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -29,15 +25,6 @@ def fingerprint(tensor: Tensor) -> str:
     if not flat.numel():
         return f"{start:08x}"
     return f"{zlib.crc32(flat.reshape(-1).view(torch.uint8).numpy().data, start):08x}"
-
-
-def fingerprints(tensors: Mapping[_Key, Tensor]) -> dict[_Key, str]:
-    """``fingerprint`` of each, on as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return {name: fingerprint(t) for name, t in tensors.items()}
-    with ThreadPoolExecutor(threads) as pool:  # zlib lets go of the GIL
-        return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -140,14 +127,13 @@ class SparseAdapter:
         Raises:
             ValueError: naming the first parameter that is missing or differs.
         """
-        found = fingerprints({name: merged[name] for name in self.fingerprint if name in merged})
         for name, expected in self.fingerprint.items():
             tensor = merged.get(name)
             if tensor is None:
                 raise ValueError(
                     f"merged: has no {name!r}; the sparse adapter from {self.source} belongs to other merged weights"
                 )
-            if found[name] != expected:
+            if fingerprint(tensor) != expected:
                 raise ValueError(
                     f"merged: {name!r} ({tensor.dtype}, shape {list(tensor.shape)}) is not what the sparse adapter "
                     f"from {self.source} was made against; load the merged weights that belong to it first"

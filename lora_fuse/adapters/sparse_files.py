@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_fuse.adapters._atomic import atomic_directory
 from lora_fuse.adapters.files import CONFIG_NAME, read_json, read_safetensors, write_json, write_safetensors
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprints
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
 from lora_fuse.sparse import SparseMatrix
 
 SPARSE_CONFIG, SPARSE_WEIGHTS = "sparse_adapter.json", "sparse_adapter.safetensors"
@@ -62,7 +62,7 @@ def write_sparse_adapter(adapter: SparseAdapter, folder: Path) -> None:
         "heads": list(adapter.heads),
         "merged": dict(adapter.fingerprint),
         "aliases": dict(adapter.aliases),
-        "checksums": fingerprints(dict(sorted(tensors.items()))),
+        "checksums": {key: fingerprint(t) for key, t in sorted(tensors.items())},
     }
     write_json(folder / SPARSE_CONFIG, config)
 
@@ -165,8 +165,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Mapping[
         raise ValueError(f"{path}: lacks {_few(missing)}")
     if unknown := sorted(tensors.keys() - checksums.keys()):
         raise ValueError(f"{path}: unknown tensors {_few(unknown)}")
-    found = fingerprints(tensors)
-    if damaged := [key for key in sorted(tensors) if found[key] != checksums[key]]:
+    if damaged := [key for key in sorted(tensors) if fingerprint(tensors[key]) != checksums[key]]:
         raise ValueError(f"{path}: damaged or changed: {_few(damaged)} do not match the checksums written with them")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_fuse.adapters._atomic import atomic_directory
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.files import read_safetensors, write_json, write_safetensors
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprints
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
 from lora_fuse.adapters.sparse_files import (
     PERU_CONFIG,
     SPARSE_CONFIG,
@@ -42,7 +42,7 @@ _FIELDS = {
 def save_peru(peru: Peru, directory: str | os.PathLike[str]) -> None:
     """Write a PERU folder; see ``Peru.save_pretrained``."""
     tensors = {name: t for name, t in peru.merged.items() if name not in peru.aliases}
-    checksums = fingerprints(tensors)
+    checksums = {name: fingerprint(t) for name, t in tensors.items()}
     for task, adapter in peru.adapters.items():
         check_task_name(task)
         adapter.check()

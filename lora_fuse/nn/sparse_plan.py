@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprints
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
 from lora_fuse.nn import heads
 from lora_fuse.nn.linear import original_class
 from lora_fuse.nn.sparse_rows import EmbeddingSlots, NormSlots, is_norm
@@ -53,11 +53,11 @@ class Places:
                     users = self.users.setdefault(_storage(tensor), {})
                     users[canonical[id(module)], leaf] = tensor
 
-    def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
-        """Of those that have data; each tensor is read once."""
-        ids = {name: id(self.tensors[name]) for name in names if self.tensors[name].device.type != "meta"}
-        self._prints |= fingerprints({key: self.tensors[name] for name, key in ids.items() if key not in self._prints})
-        return {name: self._prints[key] for name, key in ids.items()}
+    def fingerprint(self, name: str) -> str:
+        tensor = self.tensors[name]
+        if id(tensor) not in self._prints:
+            self._prints[id(tensor)] = fingerprint(tensor)
+        return self._prints[id(tensor)]
 
     def of(self, name: str, adapter: SparseAdapter) -> list[tuple[str, str]] | str:
         """``(canonical path, leaf)`` of every module that uses this parameter, or why they cannot be told.
@@ -152,15 +152,13 @@ def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
     tied = {
         alias: prints[first] for alias, first in adapter.aliases.items() if first in prints and alias in places.tensors
     }
-    wanted = {**prints, **tied}
-    found = places.fingerprints(parameter for parameter in wanted if parameter in places.tensors)
-    for parameter, expected in wanted.items():
+    for parameter, expected in {**prints, **tied}.items():
         if parameter not in places.tensors:
             raise ValueError(f"{where}: {parameter}: {places.unknown(parameter)}")
         tensor = places.tensors[parameter]
         if tensor.device.type == "meta":
             raise ValueError(f"{where}: {parameter} is on the meta device, it has no data (offloaded?)")
-        if found[parameter] != expected:
+        if places.fingerprint(parameter) != expected:
             raise ValueError(
                 f"{where}: the model's {parameter} ({tensor.dtype}, shape {list(tensor.shape)}) is not the merged "
                 "weight that the adapter was made against; load the merged weights into the model first (and cast the "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lora_fuse as lf
 from lora_fuse.adapters import sparse_files
-from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint, fingerprints
+from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint
 from lora_fuse.adapters.sparse_files import load_sparse_adapter, save_sparse_adapter
 from lora_fuse.compress import peru_files
 
@@ -329,19 +329,6 @@ def test_wrong_merged_weights_whose_checksums_agree(folder: Path, change: Callab
     edit_tensors(folder / MERGED, change)
     with pytest.raises(ValueError, match=message):
         lf.load_peru(folder)
-
-
-def test_checksums_on_several_threads() -> None:
-    tensors = {i: torch.randn(i, 7).to(torch.bfloat16 if i % 2 else torch.float32) for i in range(40)}
-    want = {i: fingerprint(t) for i, t in tensors.items()}
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            assert list(fingerprints(tensors).items()) == list(want.items())
-            assert fingerprints({}) == {}
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_changed_merged_weights(folder: Path) -> None:
