@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CSRC := $(wildcard csrc/*)
 
-.PHONY: demo test test-all lint types bench clean install
+.PHONY: demo test test-kernels test-gpu test-all lint types bench clean install
 
 install: $(STAMP)
 
@@ -18,10 +18,17 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(CSRC)
 demo: $(STAMP)
 	$(VENV)/bin/lora-fuse demo
 
-test: $(STAMP)
+test: $(STAMP) test-kernels
 	$(PY) -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP)
+# Triton kernels in its CPU interpreter, which is chosen when Triton is imported
+test-kernels: $(STAMP)
+	TRITON_INTERPRET=1 $(PY) -m pytest -m "not gpu" tests/kernels
+
+test-gpu: $(STAMP)
+	$(PY) -m pytest -m gpu
+
+test-all: $(STAMP) test-kernels
 	$(PY) -m pytest -m "not gpu"
 
 lint: $(STAMP)

@@ -80,7 +80,7 @@ def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None
     if autocasts(x) and x.dtype.is_floating_point and x.dtype != torch.float64:  # as F.linear
         dtype = torch.get_autocast_dtype(x.device.type)
         x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
-    args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors)
+    args = (x, pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors, routing.tiles)
     if out is None:
         return _op.transformable(*args) if under_transform() else torch.ops.lora_fuse.multi_lora(*args)
     torch.ops.lora_fuse.multi_lora_(out, *args)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_fuse import _cpu
+from lora_fuse.ops.multi_lora import build_tiles, sort_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,18 @@ class Routing:
         object.__setattr__(self, "tensors", tensors)
 
     @property
+    def tiles(self) -> Tensor | None:
+        """``[num_tiles, 4]`` int32: slot, first pair, pairs of each tile that CUDA kernels work on; None elsewhere.
+
+        Built on the device, once, by the first layer that asks.
+        """
+        if self.rows.device.type != "cuda":
+            return None
+        if "_tiles" not in self.__dict__:
+            object.__setattr__(self, "_tiles", build_tiles(self.segment_starts, self.num_pairs))
+        return self.__dict__["_tiles"]  # type: ignore[no-any-return]
+
+    @property
     def num_pairs(self) -> int:
         return int(self.rows.shape[0])
 
@@ -75,6 +88,8 @@ class Routing:
         if slots.dim() != 1 or slots.dtype.is_floating_point or slots.dtype in (torch.bool, torch.complex64):
             raise ValueError(f"slots: expected a 1-d integer tensor, got {slots.dtype} with shape {tuple(slots.shape)}")
         num_rows = slots.shape[0]
+        if slots.device.type == "cuda" and (sorted_ := sort_slots(slots, num_slots)) is not None:
+            return cls(sorted_[0], None, sorted_[1], None, None, num_rows, leases)
         slots = slots.long()
         if num_rows:
             low, high = torch.aminmax(slots)

@@ -17,13 +17,14 @@ def _add_rows(layer: AdaptedModule, y: Tensor, ids: Tensor, scale: Tensor | floa
     pool = cast(EmbeddingPool, layer.lora_pool)
     columns = pool.embedding_a
     weights: Tensor | None
+    tiles: Tensor | None
     if torch.compiler.is_compiling():
-        rows, weights, segment_starts, _, _ = traced_routing(layer.lora_serving, ids.unsqueeze(-1))
+        rows, weights, segment_starts, _, _, tiles = traced_routing(layer.lora_serving, ids.unsqueeze(-1))
     else:
         routing = layer.lora_serving.routing(tuple(ids.shape), columns.device, layer.lora_path)
         if routing is None:
             return y
-        rows, weights, segment_starts = routing.rows, routing.weights, routing.segment_starts
+        rows, weights, segment_starts, tiles = routing.rows, routing.weights, routing.segment_starts, routing.tiles
     slots = pair_slots(segment_starts, rows)
     rank = torch.arange(pool.max_rank, device=rows.device)
     tokens = ids.reshape(-1).to(columns.device)[rows]
@@ -31,7 +32,7 @@ def _add_rows(layer: AdaptedModule, y: Tensor, ids: Tensor, scale: Tensor | floa
     h = columns[tokens[:, None], slots[:, None] * pool.max_rank + rank]  # [pairs, max_rank]
     pair = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
     delta = torch.ops.lora_fuse.multi_lora(
-        h, pool.pool_a, pool.pool_b, pool.slot_rank, pool.slot_scaling, pair, weights, segment_starts, None, None
+        h, pool.pool_a, pool.pool_b, pool.slot_rank, pool.slot_scaling, pair, weights, segment_starts, None, None, tiles
     )
     if scale is not None:
         delta = delta * scale

@@ -61,9 +61,8 @@ def add_bias(y: Tensor, pool: AdapterPool, rows: Tensor, weights: Tensor | None,
 
 def add_lora_traced(y: Tensor, x: Tensor, pool: AdapterPool, serving: Serving, one_entry: bool = False) -> Tensor:
     """``add_lora`` for code that is being compiled."""
-    rows, weights, segment_starts, row_starts, row_pairs = traced_routing(serving, x, one_entry)
+    rows, weights, segment_starts, *_ = routing = traced_routing(serving, x, one_entry)
     factors = (pool.pool_a, pool.pool_b, pool.slot_rank, pool.slot_scaling)
-    routing = (rows, weights, segment_starts, row_starts, row_pairs)
     y = y - torch.ops.lora_fuse.multi_lora(x.neg().to(pool.pool_a.dtype), *factors, *routing).to(y.dtype)
     if pool.slot_bias is not None:
         y = add_bias(y, pool, rows, weights, pair_slots(segment_starts, rows))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 LIBRARY.define("pin_selection(Tensor x, int handle) -> Tensor")
 LIBRARY.define(
-    "current_routing(Tensor x, Tensor? token, int handle, bool one_entry) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "current_routing(Tensor x, Tensor? token, int handle, bool one_entry)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -71,8 +72,8 @@ def _current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> t
         snapshot.require_one_entry("an attached expert")
     routing = snapshot.explicit_routing(tuple(x.shape[:-1]), x.device, seq, "an attached layer")
     # An op's outputs are the caller's to overwrite, so they are copies.
-    fields = (routing.rows, routing.weights, routing.segment_starts, routing.row_starts, routing.row_pairs)
-    copies = tuple(t.clone() for t in fields if t is not None)
+    tiles = routing.rows.new_empty(0, 4) if routing.tiles is None else routing.tiles
+    copies = tuple(t.clone() for t in (*routing.tensors, tiles) if t is not None)
     copies[0].lora_leases = routing.leases  # type: ignore[attr-defined]
     return copies
 
@@ -92,6 +93,7 @@ def _fake_current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool)
         x.new_empty(num_slots + 1, dtype=torch.int32),
         x.new_empty(num_rows + 1, dtype=torch.int32),
         torch.empty_like(index),
+        index.new_empty(torch.library.get_ctx().new_dynamic_size(), 4),
     )
 
 
@@ -114,7 +116,7 @@ def unpin(serving: Serving) -> None:
 
 
 def traced_routing(serving: Serving, x: Tensor, one_entry: bool = False) -> tuple[Tensor, ...]:
-    """``(rows, weights, segment_starts, row_starts, row_pairs)`` of an input ``[..., features]``, read at run time.
+    """``(*Routing.tensors, Routing.tiles)`` of an input ``[..., features]``, read at run time; no tiles on a CPU.
 
     Args:
         one_entry: refuse any selection but one entry for all rows.

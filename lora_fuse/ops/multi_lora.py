@@ -19,12 +19,13 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _POOL = "Tensor pool_a, Tensor pool_b, Tensor slot_rank, Tensor slot_scaling"
 _ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
-LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}) -> Tensor")
-LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}) -> ()")
+_TILES = "Tensor? tiles=None"  # Routing.tiles: what CUDA kernels go by
+LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}, {_TILES}) -> Tensor")
+LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}, {_TILES}) -> ()")
 
 
 def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
-    pool, routing = args[:4], args[4:]
+    pool, routing = args[:4], args[4:9]
     out, x = kernel_views(out, x)
     threads = torch.get_num_threads()
     if _cpu.multi_lora(out, x, pool, routing, threads):
@@ -41,12 +42,69 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
     return out
 
 
-def _check(
-    out: Tensor, x: Tensor, pool: PoolTensors, rows: Tensor, weights: Tensor | None, starts: list[int], ranks: list[int]
-) -> None:
-    """What the kernels check in C++, for those who have none; index_add checks the values of ``rows``."""
+def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
+    pool, routing, tiles = args[:4], args[4:9], args[9] if len(args) > 9 else None
+    _check_shapes(out, x, pool, routing)
+    dtypes = {out.dtype, x.dtype, pool[0].dtype, pool[1].dtype}
+    rows, features = x.shape[:-1].numel(), x.shape[-1]
+    if tiles is None or (tiles.shape[0] == 0) != (routing[0].shape[0] == 0) or len(dtypes) > 1:
+        return _composite_(out, x, *args)
+    if x.dtype not in KERNEL_DTYPES or x.is_neg():
+        return _composite_(out, x, *args)
+    for name, t in (("pool_a", pool[0]), ("pool_b", pool[1])):
+        if t.stride(1) != 1 and t.shape[1] > 1:
+            raise ValueError(f"{name}: strides {t.stride()}, accepted is unit stride in the last dimension")
+    try:
+        y = out.view(rows, out.shape[-1])
+    except RuntimeError:
+        y = None
+    if y is None or (y.stride(1) != 1 and y.shape[1] > 1):
+        raise ValueError(
+            f"out: shape {list(out.shape)}, strides {out.stride()}; accepted are unit stride in the last dimension and "
+            "one stride between rows"
+        )
+    flat = x.reshape(rows, features)
+    from lora_fuse.kernels.multi_lora import multi_lora_  # triton, only where there is a device for it
+
+    multi_lora_(y, flat if flat.stride(1) == 1 or features < 2 else flat.contiguous(), pool, routing, tiles)
+
+
+def _cuda_new(x: Tensor, *args: Any) -> Tensor:
+    out = x.new_zeros((*x.shape[:-1], args[1].shape[1]))
+    _cuda_(out, x, *args)
+    return out
+
+
+def build_tiles(segment_starts: Tensor, num_pairs: int) -> Tensor | None:
+    """The tile list of a routing on a GPU, ``kernels.routing.build_tiles``; None where there is no Triton."""
+    try:
+        from lora_fuse.kernels import routing
+    except ImportError:
+        return None
+    return routing.build_tiles(segment_starts, num_pairs)
+
+
+def sort_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor] | None:
+    """``(rows, segment_starts)`` of one slot per row on a GPU, with one wait for their number.
+
+    None where plain torch has to do it: there is no Triton, or a slot is out of range, which torch's way names.
+    """
+    try:
+        from lora_fuse.kernels import routing
+    except ImportError:
+        return None
+    flag = torch.zeros(1, dtype=torch.int32, device=slots.device)
+    narrow = slots.long().clamp(-2, num_slots).int()  # out of range stays out of range
+    rows, starts = routing.sort_slots(narrow, num_slots, flag)
+    num_pairs, wrong = torch.cat([starts[-1:], flag]).tolist()
+    return None if wrong else (rows[:num_pairs], starts)
+
+
+def _check_shapes(out: Tensor, x: Tensor, pool: PoolTensors, routing: RoutingTensors) -> None:
+    """What can be checked without reading a tensor."""
     pool_a, pool_b, slot_rank, slot_scaling = pool
-    num_slots, num_pairs = slot_rank.shape[0], rows.shape[0]
+    rows, weights, segment_starts, *_ = routing
+    num_slots = slot_rank.shape[0]
     if x.layout is not torch.strided:
         raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
     if not (x.dtype.is_floating_point or x.dtype.is_complex) or x.dtype != out.dtype:
@@ -56,9 +114,6 @@ def _check(
         raise ValueError(f"pool_a, pool_b: shapes {shapes}, accepted are two dimensions and the same number of rows")
     if num_slots == 0 or pool_a.shape[0] % num_slots or slot_scaling.shape != slot_rank.shape:
         raise ValueError(f"pool_a: {pool_a.shape[0]} rows, {num_slots} ranks and {slot_scaling.shape[0]} scalings")
-    max_rank = pool_a.shape[0] // num_slots
-    if not all(0 <= rank <= max_rank for rank in ranks):
-        raise ValueError(f"slot_rank: got {ranks}, accepted are 0 to {max_rank}")
     if x.shape[-1] != pool_a.shape[1] or out.shape[-1] != pool_b.shape[1]:
         sizes = f"{x.shape[-1]} and {out.shape[-1]}"
         raise ValueError(f"x, out: have {sizes} features, the pool has {pool_a.shape[1]} and {pool_b.shape[1]}")
@@ -66,8 +121,19 @@ def _check(
         raise ValueError(f"x, out: shapes {list(x.shape)} and {list(out.shape)} have different numbers of rows")
     if rows.dim() != 1 or (weights is not None and weights.shape != rows.shape):
         raise ValueError("rows, weights: accepted is one entry for each pair")
-    if len(starts) != num_slots + 1 or [starts[0], starts[-1]] != [0, num_pairs] or sorted(starts) != starts:
-        raise ValueError(f"segment_starts: must be {num_slots + 1} numbers that rise from 0 to {num_pairs}, the pairs")
+    if segment_starts.shape != (num_slots + 1,):
+        raise ValueError(f"segment_starts: shape {list(segment_starts.shape)}, the pool has {num_slots} slots")
+    where = {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": rows}
+    for name, t in where.items():
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, x is on {x.device}; accepted is one device for all")
+
+
+def _check_values(num_pairs: int, max_rank: int, starts: list[int], ranks: list[int]) -> None:
+    if not all(0 <= rank <= max_rank for rank in ranks):
+        raise ValueError(f"slot_rank: got {ranks}, accepted are 0 to {max_rank}")
+    if [starts[0], starts[-1]] != [0, num_pairs] or sorted(starts) != starts:
+        raise ValueError(f"segment_starts: must rise from 0 to {num_pairs}, the pairs")
 
 
 def _composite_(
@@ -82,10 +148,13 @@ def _composite_(
     segment_starts: Tensor,
     row_starts: Tensor | None,
     row_pairs: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> None:
     """Plain torch, a loop over slots: the path of devices and dtypes that have no kernel. fp32 sums, one rounding."""
+    pool = pool_a, pool_b, slot_rank, slot_scaling
+    _check_shapes(out, x, pool, (rows, weights, segment_starts, row_starts, row_pairs))
     starts, ranks = segment_starts.tolist(), slot_rank.tolist()
-    _check(out, x, (pool_a, pool_b, slot_rank, slot_scaling), rows, weights, starts, ranks)
+    _check_values(rows.shape[0], pool_a.shape[0] // slot_rank.shape[0], starts, ranks)
     dtype = torch.promote_types(x.dtype, torch.float32)
     flat = x.reshape(-1, x.shape[-1])
     total = torch.zeros(flat.shape[0], pool_b.shape[1], dtype=dtype, device=x.device)
@@ -115,6 +184,8 @@ def _fake(x: Tensor, pool_a: Tensor, pool_b: Tensor, *args: Any) -> Tensor:
 
 LIBRARY.impl("multi_lora", _cpu_new, "CPU")
 LIBRARY.impl("multi_lora_", _cpu_, "CPU")
+LIBRARY.impl("multi_lora", _cuda_new, "CUDA")
+LIBRARY.impl("multi_lora_", _cuda_, "CUDA")
 LIBRARY.impl("multi_lora", _composite, "CompositeExplicitAutograd")
 LIBRARY.impl("multi_lora_", _composite_, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fuse::multi_lora", _fake, lib=LIBRARY)
@@ -127,8 +198,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any,
 
 
 def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -> tuple[Any, ...]:
-    x, pool_a, pool_b, slot_rank, slot_scaling, rows, weights, segment_starts, row_starts, row_pairs = ctx.saved_tensors
-    routing = (rows, weights, segment_starts, row_starts, row_pairs)
+    x, pool_a, pool_b, slot_rank, slot_scaling, rows, weights, segment_starts, *rest = ctx.saved_tensors
+    routing = (rows, weights, segment_starts, *rest)
     grad_x = grad_weights = None
     if ctx.needs_input_grad[0]:  # the same op with A and B in each other's places
         op = op or torch.ops.lora_fuse.multi_lora
@@ -144,7 +215,7 @@ def _backward(ctx: Any, grad: Tensor, op: Callable[..., Tensor] | None = None) -
             rows,
             segment_starts,
         ).to(weights.dtype)
-    return grad_x, None, None, None, None, None, grad_weights, None, None, None
+    return grad_x, None, None, None, None, None, grad_weights, None, None, None, None
 
 
 def _weights_grad(

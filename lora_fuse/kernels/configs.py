@@ -1,0 +1,94 @@
+"""How ``multi_lora`` is launched: a pure function of shape, dtype and device kind, with no GPU and no Triton in sight.
+
+What decides a row's bits (where the reduced dimension is cut, which matrix instruction runs) depends on the layer, the
+pool and the device only; how many rows there are decides tile widths and grids alone. So a row's result does not depend
+on its batch. Tiles hold at most 32 rows: wider ones would take another matrix instruction on sm_90 (wgmma).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPLIT_ALIGN = 256  # columns; cuts lie at multiples, whatever the block
+_FEW_PAIRS = 1024
+_WAVE = 132  # programs that fill a large GPU once
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """``h[p] = A[slot] x[row]`` over tiles of pairs.
+
+    Args:
+        split_len: columns of x that are summed before they join the total.
+        planes: how many partial sums are stored for the expand to add up; 1: one program adds up all of its own.
+    """
+
+    block_m: int
+    block_r: int
+    block_k: int
+    split_len: int
+    planes: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Expand:
+    """``y[row] += weight * scaling * h[p] B[slot]``."""
+
+    block_m: int
+    block_r: int
+    block_n: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both launches of one ``multi_lora``."""
+
+    shrink: Shrink
+    expand: Expand
+
+
+def tile_rows(num_pairs: int) -> int:
+    """Pairs of a tile, for all layers of a forward."""
+    return 16 if num_pairs <= _FEW_PAIRS else 32
+
+
+def tile_capacity(num_pairs: int, num_slots: int) -> int:
+    """Tiles that ``num_pairs`` pairs can need: each slot in use may leave one part-filled."""
+    rows = tile_rows(num_pairs)
+    return min(num_pairs, num_pairs // rows + num_slots)
+
+
+def plan(
+    in_features: int, out_features: int, max_rank: int, num_pairs: int, num_slots: int, dtype: str, backend: str
+) -> Plan:
+    """The launches for a shape.
+
+    Args:
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        backend: Triton's, ``"cuda"`` or ``"hip"``.
+    """
+    tiles, block_m = tile_capacity(num_pairs, num_slots), tile_rows(num_pairs)
+    block_r = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
+    wide = dtype == "float32"
+    splits = min(max(in_features // 512, 1), 16 if block_r == 16 else 8)  # more planes of more ranks would spill
+    split_len = _round_up(-(-in_features // splits), SPLIT_ALIGN)
+    splits = -(-in_features // split_len)
+    rank_blocks = -(-max_rank // block_r)
+    planes = splits if tiles * rank_blocks < 2 * _WAVE else 1
+    shrink = Shrink(block_m, block_r, 64 if wide else 128, split_len, planes, 4, 2 if wide else 3)
+    block_n, fewest_tiles = 64, -(-num_pairs // block_m)  # all rows may want one adapter
+    while block_n < (256 if block_m == 16 and block_r <= 32 and not wide else 128) and (
+        fewest_tiles * (out_features // (2 * block_n)) >= 2 * _WAVE
+    ):
+        block_n *= 2
+    precision = "bf16" if dtype == "bfloat16" else "tf32" if dtype == "float16" and backend == "cuda" else "ieee"
+    return Plan(shrink, Expand(block_m, block_r, block_n, precision, 4, 1))
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to

@@ -1,0 +1,106 @@
+"""Routing on the device: a stable counting sort of a batch's slots, and the tile list that all layers share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fuse.kernels.configs import tile_capacity, tile_rows
+
+TILE_FIELDS = 4  # slot (-1: no tile), first pair, pairs, unused: one 16-byte load
+
+
+@triton.jit
+def _sort_kernel(slots, rows, starts, flag, num_rows, num_slots, BLOCK: tl.constexpr):
+    """Program ``s``: where slot ``s`` starts, and its rows in order. Slots out of range are -1 and raise the flag."""
+    slot = tl.program_id(0)
+    before = 0
+    mine = 0
+    for at in range(0, num_rows, BLOCK):
+        offs = at + tl.arange(0, BLOCK)
+        got = tl.load(slots + offs, mask=offs < num_rows, other=-1)
+        before += tl.sum(((got >= 0) & (got < slot)).to(tl.int32))
+        mine += tl.sum((got == slot).to(tl.int32))
+        if slot == 0:
+            wrong = tl.sum(((got < -1) | (got >= num_slots)).to(tl.int32))
+            if wrong > 0:
+                tl.store(flag, 1)
+    tl.store(starts + slot, before)
+    if slot == num_slots - 1:
+        tl.store(starts + num_slots, before + mine)
+    if mine > 0:
+        place = before
+        for at in range(0, num_rows, BLOCK):
+            offs = at + tl.arange(0, BLOCK)
+            hit = tl.load(slots + offs, mask=offs < num_rows, other=-1) == slot
+            rank = tl.cumsum(hit.to(tl.int32), 0)
+            tl.store(rows + place + rank - 1, offs, mask=hit)
+            place += tl.sum(hit.to(tl.int32))
+
+
+@triton.jit
+def _tiles_kernel(starts, tiles, num_slots, capacity, ROWS: tl.constexpr, FIELDS: tl.constexpr, SLOTS: tl.constexpr):
+    """Program ``s`` writes the tiles of slot ``s``; the last one clears what is left."""
+    slot = tl.program_id(0)
+    offs = tl.arange(0, SLOTS)
+    first = tl.load(starts + offs, mask=offs < num_slots, other=0)
+    last = tl.load(starts + 1 + offs, mask=offs < num_slots, other=0)
+    needed = (last - first + ROWS - 1) // ROWS
+    place = tl.sum(tl.where(offs < slot, needed, 0))
+    if slot < num_slots:
+        begin = tl.load(starts + slot)
+        end = tl.load(starts + slot + 1)
+        for at in range(begin, end, ROWS):
+            to = tiles + place * FIELDS
+            tl.store(to, slot)
+            tl.store(to + 1, at)
+            tl.store(to + 2, tl.minimum(end - at, ROWS))
+            place += 1
+    else:
+        for left in range(place, capacity):
+            tl.store(tiles + left * FIELDS, -1)
+
+
+def sort_slots(slots: Tensor, num_slots: int, flag: Tensor) -> tuple[Tensor, Tensor]:
+    """``(rows, segment_starts)`` of one slot per row, without a host sync.
+
+    Args:
+        slots: ``[num_rows]`` int32, -1 for none.
+        flag: ``[1]`` int32, set to 1 if a slot is out of range; such rows have none.
+    Returns:
+        rows: ``[num_rows]`` int32, sorted by slot, then row; what lies beyond ``segment_starts[-1]`` is zero.
+        segment_starts: ``[num_slots + 1]`` int32.
+    """
+    rows = torch.zeros_like(slots)
+    starts = torch.zeros(num_slots + 1, dtype=torch.int32, device=slots.device)
+    if slots.shape[0]:
+        block = min(1024, max(16, triton.next_power_of_2(slots.shape[0])))
+        _sort_kernel[(num_slots,)](slots, rows, starts, flag, slots.shape[0], num_slots, BLOCK=block)
+    return rows, starts
+
+
+def build_tiles(segment_starts: Tensor, num_pairs: int) -> Tensor:
+    """The tiles of at most ``tile_rows(num_pairs)`` pairs that each slot's pairs are cut into.
+
+    Args:
+        segment_starts: ``[num_slots + 1]`` int32.
+        num_pairs: how many there can be at most.
+    Returns:
+        ``[tile_capacity, 4]`` int32: slot, first pair, pairs; slot -1 where there is no tile.
+    """
+    num_slots = segment_starts.shape[0] - 1
+    capacity = tile_capacity(num_pairs, num_slots)
+    tiles = torch.empty(capacity, TILE_FIELDS, dtype=torch.int32, device=segment_starts.device)
+    if capacity:
+        _tiles_kernel[(num_slots + 1,)](
+            segment_starts,
+            tiles,
+            num_slots,
+            capacity,
+            ROWS=tile_rows(num_pairs),
+            FIELDS=TILE_FIELDS,
+            SLOTS=triton.next_power_of_2(num_slots),
+        )
+    return tiles

@@ -1,0 +1,12 @@
+"""Triton decides at import whether kernels are interpreted or compiled, so a run of pytest does one or the other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "ops"))  # the oracle and the pools of the CPU op's tests
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = ["test_aot.py"] if INTERPRETED else ["test_interpreted.py"]

@@ -1,0 +1,46 @@
+"""The launch plans: pure functions, so their promises are checked over the whole grid of shapes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lora_fuse.kernels.configs import plan, tile_capacity, tile_rows
+
+FEATURES = (1, 100, 384, 4096, 6144, 14336, 28672)
+RANKS = (1, 8, 16, 17, 64, 100, 512)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_decides_a_rows_bits_does_not_depend_on_the_batch(dtype, backend):
+    for in_features, out_features, rank in itertools.product(FEATURES, FEATURES, RANKS):
+        made = [plan(in_features, out_features, rank, t, s, dtype, backend) for t in (1, 16, 64, 4096) for s in (1, 64)]
+        assert len({(p.shrink.split_len, p.shrink.block_r, p.expand.block_r, p.expand.precision) for p in made}) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_plan_holds_together(dtype):
+    for in_features, out_features, rank, pairs, slots in itertools.product(
+        FEATURES, FEATURES, RANKS, (1, 5, 64, 4096), (1, 8, 64)
+    ):
+        made = plan(in_features, out_features, rank, pairs, slots, dtype, "cuda")
+        shrink, expand = made.shrink, made.expand
+        splits = -(-in_features // shrink.split_len)
+        assert shrink.split_len % shrink.block_k == 0
+        assert shrink.planes in (1, splits)
+        assert shrink.block_m == expand.block_m == tile_rows(pairs) <= 32  # no wgmma: its sums may differ
+        assert min(shrink.block_r, shrink.block_k, expand.block_r, expand.block_n) >= 16  # what tl.dot takes
+
+
+def test_tiles_are_enough():
+    """For any way that pairs fall to slots."""
+    for pairs, slots in itertools.product((0, 1, 15, 16, 17, 100, 1024, 1025, 5000), (1, 3, 64)):
+        rows = tile_rows(pairs)
+        for used in range(1, slots + 1):
+            spread = [pairs // used + (i < pairs % used) for i in range(used)]
+            lopsided = [max(pairs - used + 1, 0)] + [1] * min(used - 1, pairs)
+            for counts in (spread, lopsided):
+                assert sum(-(-c // rows) for c in counts if sum(counts) == pairs) <= tile_capacity(pairs, slots)

@@ -1,0 +1,124 @@
+"""The Triton kernels in Triton's CPU interpreter (``make test-kernels``): fp32 and fp16, since it is wrong in bf16."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import make_case, make_pool, pairs_of, routing_of
+
+from lora_fuse.adapters.routing import Routing
+from lora_fuse.kernels.configs import plan, tile_rows
+from lora_fuse.kernels.multi_lora import launches
+from lora_fuse.kernels.routing import build_tiles, sort_slots
+
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4}
+DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in FLOOR]
+SHAPES = [  # rows, in, out, max_rank, slots
+    pytest.param(1, 64, 48, 8, 3, id="one-row"),
+    pytest.param(17, 300, 130, 16, 4, id="odd"),
+    pytest.param(40, 1100, 70, 20, 5, id="two-cuts"),
+    pytest.param(5, 64, 33, 1, 3, id="rank-1"),
+    pytest.param(20, 130, 64, 100, 2, id="rank-100"),
+    pytest.param(9, 7, 5, 3, 12, id="tiny"),
+]
+
+
+def run(out, x, pool, routing, backend="cuda", chosen=None):
+    """As the op does on a GPU."""
+    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    for launch in launches(out, x, pool.tensors, routing.tensors, tiles, backend, chosen):
+        launch.run()
+    return out
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "in_features", "out_features", "max_rank", "slots"), SHAPES)
+def test_error_is_at_most_twice_torchs_own(rows, in_features, out_features, max_rank, slots, dtype, mixed):
+    case = make_case(rows, in_features, out_features, max_rank, slots, dtype, mixed)
+    for backend in ("cuda", "hip"):
+        got = run(case.out.clone(), case.x, case.pool, case.routing, backend)
+        assert case.error(got) <= 2 * case.torch_error + FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_see_the_others(dtype):
+    """Bitwise: alone, among any others, in any order; partial sums added up by the expand or by the shrink itself."""
+    pool = make_pool(4, 12, 1300, 72, dtype, [12, 0, 5, 9])
+    slots = torch.arange(41) % 5 - 1
+    x, out = torch.randn(41, 1300).to(dtype), torch.randn(41, 72).to(dtype)
+    want = run(out.clone(), x, pool, Routing.from_slots(slots, 4))
+    for keep in (torch.randperm(41), torch.tensor([2]), torch.arange(0, 41, 3)):
+        got = run(out[keep].clone(), x[keep], pool, Routing.from_slots(slots[keep], 4))
+        assert torch.equal(got, want[keep])
+    shipped = plan(1300, 72, 12, 41, 4, str(dtype).removeprefix("torch."), "cuda")
+    assert shipped.shrink.planes == 2
+    serial = replace(shipped, shrink=replace(shipped.shrink, planes=1))
+    assert torch.equal(run(out.clone(), x, pool, Routing.from_slots(slots, 4), chosen=serial), want)
+    wide = replace(serial, expand=replace(serial.expand, block_n=32))
+    assert torch.equal(run(out.clone(), x, pool, Routing.from_slots(slots, 4), chosen=wide), want)
+
+
+def test_rows_without_an_adapter_keep_their_bits():
+    pool = make_pool(3, 4, 40, 24, torch.float32, [4, 0, 2])
+    x, out = torch.full((6, 40), torch.inf), torch.full((6, 24), -0.0)
+    slots = torch.tensor([-1, 1, -1, 1, -1, -1])
+    got = run(out.clone(), x, pool, Routing.from_slots(slots, 3))
+    assert torch.equal(got.view(torch.int32), out.view(torch.int32))
+    for rows in (0, 3):
+        assert not run(torch.zeros(rows, 24), x[:rows], pool, Routing.from_slots(torch.full((rows,), -1), 3)).any()
+
+
+def test_a_mix_of_one_is_the_adapter_itself():
+    """Whether another row of the batch mixes or not."""
+    pool = make_pool(3, 6, 200, 40, torch.float16)
+    x, out = torch.randn(4, 200).half(), torch.randn(4, 40).half()
+    singles = [(0, 1, 0.3), (1, 0, 1.0), (2, 2, -1.7)]
+    alone = run(out.clone(), x, pool, routing_of(singles, 4, 3))
+    beside = run(out.clone(), x, pool, routing_of([*singles, (3, 0, 0.5), (3, 1, 2.0)], 4, 3))
+    assert torch.equal(alone[:3], beside[:3])
+    assert torch.equal(alone[3], out[3])
+    assert not torch.equal(beside[3], out[3])
+
+
+def test_strided_activations_and_outputs():
+    pool = make_pool(2, 4, 30, 20, torch.float32)
+    routing = routing_of(pairs_of(torch.tensor([0, 1, 1, -1, 0])), 5, 2)
+    x, out = torch.randn(5, 60), torch.randn(5, 50)
+    want = run(out[:, :20].contiguous(), x[:, 10:40].contiguous(), pool, routing)
+    run(out[:, :20], x[:, 10:40], pool, routing)
+    assert torch.equal(out[:, :20], want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 16, 1500])
+def test_sort_and_tiles(rows):
+    """The routing that torch makes, and tiles that cover every pair once, in order."""
+    num_slots = 5
+    slots = torch.randint(-1, num_slots, (rows,), dtype=torch.int32)
+    flag = torch.zeros(1, dtype=torch.int32)
+    got, starts = sort_slots(slots, num_slots, flag)
+    want = Routing.from_slots(slots, num_slots)
+    assert torch.equal(starts, want.segment_starts)
+    assert torch.equal(got[: want.num_pairs], want.rows)
+    assert not flag.any()
+    tiles = build_tiles(starts, rows)
+    used = tiles[tiles[:, 0] >= 0].tolist()
+    assert (tiles[len(used) :, 0] == -1).all()
+    covered = [(slot, pair) for slot, first, count, _ in used for pair in range(first, first + count)]
+    assert covered == list(enumerate_pairs(want))
+    assert all(0 < tile[2] <= tile_rows(rows) for tile in used)
+
+
+def enumerate_pairs(routing: Routing) -> list[tuple[int, int]]:
+    return [(int(slot), pair) for pair, slot in enumerate(routing.pair_slots())]
+
+
+@pytest.mark.parametrize("wrong", [5, 100, -2, -(2**31)])
+def test_a_slot_out_of_range_raises_the_flag_and_has_no_adapter(wrong):
+    slots, flag = torch.tensor([0, wrong, 4, 0], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    rows, starts = sort_slots(slots, 5, flag)
+    assert flag.item() == 1
+    assert starts.tolist() == [0, 2, 2, 2, 2, 3]
+    assert rows[:3].tolist() == [0, 3, 2]
