@@ -34,7 +34,11 @@ class Shrink:
 
 @dataclass(frozen=True)
 class Expand:
-    """``y[row] += weight * scaling * h[p] B[slot]``."""
+    """``y[row] += weight * scaling * h[p] B[slot]``.
+
+    Args:
+        max_registers: of a thread. Left alone, ptxas spills a register or two to reach the next step of occupancy.
+    """
 
     block_m: int
     block_r: int
@@ -42,6 +46,7 @@ class Expand:
     precision: str
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def plan(
     ):
         block_n *= 2
     precision = "bf16" if dtype == "bfloat16" else "tf32" if dtype == "float16" and backend == "cuda" else "ieee"
-    return Plan(shrink, Expand(block_m, block_r, block_n, precision, 4, 1))
+    return Plan(shrink, Expand(block_m, min(block_r, 32), block_n, precision, 4, 1, 255))
 
 
 def _round_up(n: int, to: int) -> int:

@@ -142,9 +142,6 @@ def _expand_kernel(
     inside = offs_n < out_features
     y_at = y + row[:, None] * y_stride + offs_n[None, :]
     prior = tl.load(y_at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    scale = tl.load(slot_scaling + slot) + tl.zeros([BLOCK_M], tl.float32)
-    if HAS_WEIGHTS:
-        scale *= tl.load(weights + pairs, mask=live, other=0.0)
     offs_r = tl.arange(0, BLOCK_R)
     h_at = h + pairs[:, None].to(tl.int64) * max_rank + offs_r[None, :]
     b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
@@ -155,6 +152,9 @@ def _expand_kernel(
         partial = _sum_planes(h_at + r, plane_stride, live[:, None] & here[None, :], PLANES)
         acc = _dot_fp32(partial, b, acc, PRECISION)
         b_at += BLOCK_R * b_stride
+    scale = tl.load(slot_scaling + slot) + tl.zeros([BLOCK_M], tl.float32)
+    if HAS_WEIGHTS:
+        scale *= tl.load(weights + pairs, mask=live, other=0.0)
     tl.store(y_at, (prior + acc * scale[:, None]).to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
@@ -197,9 +197,6 @@ def _mix_kernel(
         pair = tl.load(row_pairs + at).to(tl.int64)
         slot = tl.sum((ends <= pair).to(tl.int32))
         rank = tl.load(slot_rank + slot)
-        scale = tl.load(slot_scaling + slot)
-        if HAS_WEIGHTS:
-            scale *= tl.load(weights + pair)
         b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
         acc = tl.zeros([BLOCK_N], tl.float32)
         for r in range(0, rank, BLOCK_R):
@@ -208,6 +205,9 @@ def _mix_kernel(
             partial = _sum_planes(h + pair * max_rank + r + offs_r, plane_stride, here, PLANES)
             acc += tl.sum(partial[:, None] * b.to(tl.float32), 0)
             b_at += BLOCK_R * b_stride
+        scale = tl.load(slot_scaling + slot)
+        if HAS_WEIGHTS:
+            scale *= tl.load(weights + pair)
         total += acc * scale
     y_at = y + row * y_stride + offs_n
     prior = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
@@ -224,9 +224,16 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True} | (
+            {"maxnreg": self.max_registers} if self.max_registers else {}
+        )
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](*self.args, **self.constexprs, **self.options)
 
 
 def launches(
@@ -294,6 +301,7 @@ def launches(
         },
         expand.num_warps,
         expand.num_stages,
+        expand.max_registers if backend == "cuda" else None,
     )
     made_launches = [first, second]
     if row_starts is not None:
@@ -311,6 +319,7 @@ def launches(
                 },
                 expand.num_warps,
                 expand.num_stages,
+                expand.max_registers if backend == "cuda" else None,
             )
         )
     return made_launches

@@ -62,8 +62,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     assert next(values, None) is None
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def resources(kernel: Any, target: GPUTarget, scratch: Path) -> Resources:
     cubin = scratch / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    shown = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    used = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", shown)
-    assert used, shown
+    shown = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in shown
+    spilled = len(re.findall(r"\b(?:STL|LDL)\b", shown))  # instructions on local memory
     found = re.findall(r"(mma\.sync\.aligned\.\w+|wgmma\.mma_async\S+|tcgen05\.mma\S+)", kernel.asm["ptx"])
-    return Resources(int(used[1]) + int(used[2]), kernel.metadata.shared, frozenset(found))
+    return Resources(spilled, kernel.metadata.shared, frozenset(found))
 
 
 @pytest.fixture(autouse=True)
