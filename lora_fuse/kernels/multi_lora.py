@@ -327,6 +327,5 @@ def launches(
 
 def multi_lora_(out: Tensor, x: Tensor, pool: Any, routing: Sequence[Tensor | None], tiles: Tensor) -> None:
     """The op on tensors of one device; see ``launches``."""
-    backend = triton.runtime.driver.active.get_current_target().backend
-    for launch in launches(out, x, pool, routing, tiles, backend):
+    for launch in launches(out, x, pool, routing, tiles, "hip" if torch.version.hip else "cuda"):
         launch.run()

@@ -44,7 +44,7 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
 
 def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
     pool, routing, tiles = args[:4], args[4:9], args[9] if len(args) > 9 else None
-    _check_shapes(out, x, pool, routing)
+    _check_shapes(out, x, pool, routing, tiles)
     dtypes = {out.dtype, x.dtype, pool[0].dtype, pool[1].dtype}
     rows, features = x.shape[:-1].numel(), x.shape[-1]
     if tiles is None or (tiles.shape[0] == 0) != (routing[0].shape[0] == 0) or len(dtypes) > 1:
@@ -100,7 +100,9 @@ def sort_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor] | None:
     return None if wrong else (rows[:num_pairs], starts)
 
 
-def _check_shapes(out: Tensor, x: Tensor, pool: PoolTensors, routing: RoutingTensors) -> None:
+def _check_shapes(
+    out: Tensor, x: Tensor, pool: PoolTensors, routing: RoutingTensors, tiles: Tensor | None = None
+) -> None:
     """What can be checked without reading a tensor."""
     pool_a, pool_b, slot_rank, slot_scaling = pool
     rows, weights, segment_starts, *_ = routing
@@ -123,9 +125,9 @@ def _check_shapes(out: Tensor, x: Tensor, pool: PoolTensors, routing: RoutingTen
         raise ValueError("rows, weights: accepted is one entry for each pair")
     if segment_starts.shape != (num_slots + 1,):
         raise ValueError(f"segment_starts: shape {list(segment_starts.shape)}, the pool has {num_slots} slots")
-    where = {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": rows}
+    where = {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": rows, "tiles": tiles}
     for name, t in where.items():
-        if t.device != x.device:
+        if t is not None and t.device != x.device:
             raise ValueError(f"{name}: is on {t.device}, x is on {x.device}; accepted is one device for all")
 
 

@@ -9,9 +9,11 @@ import torch
 from cases import make_case, make_pool, pairs_of, routing_of
 
 from lora_fuse.adapters.routing import Routing
+from lora_fuse.functional import multi_lora
 from lora_fuse.kernels.configs import plan, tile_rows
 from lora_fuse.kernels.multi_lora import launches
 from lora_fuse.kernels.routing import build_tiles, sort_slots
+from lora_fuse.ops.multi_lora import _cuda_ as op_for_cuda
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4}
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in FLOOR]
@@ -90,6 +92,52 @@ def test_strided_activations_and_outputs():
     want = run(out[:, :20].contiguous(), x[:, 10:40].contiguous(), pool, routing)
     run(out[:, :20], x[:, 10:40], pool, routing)
     assert torch.equal(out[:, :20], want)
+
+
+class TestTheOp:
+    """What runs for CUDA tensors: views and refusals before the launches."""
+
+    def setup_method(self):
+        self.pool = make_pool(3, 4, 24, 10, torch.float32)
+        self.routing = routing_of(pairs_of(torch.tensor([0, 2, -1, 1, 1, 0])), 6, 3)
+        self.tiles = build_tiles(self.routing.segment_starts, 5)
+        self.x = torch.randn(2, 3, 24)
+
+    def call(self, out, x, routing=None, tiles=None):
+        op_for_cuda(
+            out, x, *self.pool.tensors, *(routing or self.routing).tensors, self.tiles if tiles is None else tiles
+        )
+        return out
+
+    def test_any_activation_is_taken(self):
+        want = multi_lora(self.x, self.pool, self.routing)
+        wide, deep = torch.zeros(2, 3, 48), torch.zeros(24, 3, 2)
+        wide[..., ::2], deep[:] = self.x, self.x.permute(2, 1, 0)
+        for x in (self.x, wide[..., ::2], deep.permute(2, 1, 0), self.x.expand(2, 3, 24)):
+            torch.testing.assert_close(self.call(torch.zeros(2, 3, 10), x), want)
+
+    def test_dtypes_without_a_kernel_take_plain_torch(self):
+        self.pool.double()
+        got = self.call(torch.zeros(2, 3, 10).double(), self.x.double())
+        torch.testing.assert_close(got, multi_lora(self.x.double(), self.pool, self.routing))
+
+    def test_bad_input(self):
+        out = torch.zeros(2, 3, 10)
+        for match, given in [
+            ("out: shape .* accepted are unit stride", (torch.zeros(2, 10, 3).transpose(1, 2), self.x)),
+            ("out: shape .* one stride between rows", (torch.zeros(3, 2, 10).transpose(0, 1), self.x)),
+            ("x, out: have 23 and 10 features", (out, self.x[..., :23])),
+            ("different numbers of rows", (out, self.x[:1])),
+            ("dtypes", (out.half(), self.x)),
+            ("on meta", (out, self.x, None, self.tiles.to("meta"))),
+            ("segment_starts: shape", (out, self.x, Routing.from_slots(torch.zeros(6, dtype=torch.int32), 2))),
+        ]:
+            with pytest.raises(ValueError, match=match):
+                self.call(*given)
+        self.pool.pool_b = self.pool.pool_b.t().contiguous().t()
+        with pytest.raises(ValueError, match="pool_b: strides"):
+            self.call(out, self.x)
+        assert not out.any()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 16, 1500])
