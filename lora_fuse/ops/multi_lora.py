@@ -124,7 +124,8 @@ def _check_shapes(
     if rows.dim() != 1 or (weights is not None and weights.shape != rows.shape):
         raise ValueError("rows, weights: accepted is one entry for each pair")
     if segment_starts.shape != (num_slots + 1,):
-        raise ValueError(f"segment_starts: shape {list(segment_starts.shape)}, the pool has {num_slots} slots")
+        got = list(segment_starts.shape)
+        raise ValueError(f"segment_starts: must be {num_slots + 1} numbers, an end for each slot and 0, got shape {got}")
     where = {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": rows, "tiles": tiles}
     for name, t in where.items():
         if t is not None and t.device != x.device:

@@ -130,7 +130,7 @@ class TestTheOp:
             ("different numbers of rows", (out, self.x[:1])),
             ("dtypes", (out.half(), self.x)),
             ("on meta", (out, self.x, None, self.tiles.to("meta"))),
-            ("segment_starts: shape", (out, self.x, Routing.from_slots(torch.zeros(6, dtype=torch.int32), 2))),
+            ("segment_starts: must be 4 numbers", (out, self.x, Routing.from_slots(torch.zeros(6, dtype=torch.int32), 2))),
         ]:
             with pytest.raises(ValueError, match=match):
                 self.call(*given)
