@@ -125,7 +125,10 @@ def _check_shapes(
         raise ValueError("rows, weights: accepted is one entry for each pair")
     if segment_starts.shape != (num_slots + 1,):
         got = list(segment_starts.shape)
-        raise ValueError(f"segment_starts: must be {num_slots + 1} numbers, an end for each slot and 0, got shape {got}")
+        raise ValueError(
+            f"segment_starts: must be {num_slots + 1} numbers that rise from 0 to {rows.shape[0]}, the pairs; "
+            f"got shape {got}"
+        )
     where = {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": rows, "tiles": tiles}
     for name, t in where.items():
         if t is not None and t.device != x.device:
@@ -136,7 +139,7 @@ def _check_values(num_pairs: int, max_rank: int, starts: list[int], ranks: list[
     if not all(0 <= rank <= max_rank for rank in ranks):
         raise ValueError(f"slot_rank: got {ranks}, accepted are 0 to {max_rank}")
     if [starts[0], starts[-1]] != [0, num_pairs] or sorted(starts) != starts:
-        raise ValueError(f"segment_starts: must rise from 0 to {num_pairs}, the pairs")
+        raise ValueError(f"segment_starts: must be {len(starts)} numbers that rise from 0 to {num_pairs}, the pairs")
 
 
 def _composite_(

@@ -123,6 +123,7 @@ class TestTheOp:
 
     def test_bad_input(self):
         out = torch.zeros(2, 3, 10)
+        other = Routing.from_slots(torch.zeros(6, dtype=torch.int32), 2)
         for match, given in [
             ("out: shape .* accepted are unit stride", (torch.zeros(2, 10, 3).transpose(1, 2), self.x)),
             ("out: shape .* one stride between rows", (torch.zeros(3, 2, 10).transpose(0, 1), self.x)),
@@ -130,7 +131,7 @@ class TestTheOp:
             ("different numbers of rows", (out, self.x[:1])),
             ("dtypes", (out.half(), self.x)),
             ("on meta", (out, self.x, None, self.tiles.to("meta"))),
-            ("segment_starts: must be 4 numbers", (out, self.x, Routing.from_slots(torch.zeros(6, dtype=torch.int32), 2))),
+            ("segment_starts: must be 4 numbers", (out, self.x, other)),
         ]:
             with pytest.raises(ValueError, match=match):
                 self.call(*given)
