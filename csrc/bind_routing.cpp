@@ -61,4 +61,15 @@ RoutingView read_routing(const py::tuple& route, int64_t num_slots, int64_t num_
   return routing;
 }
 
+bool has_rows_of(const TensorView& x, py::handle routing) {
+  static PyObject* const name = PyUnicode_InternFromString("num_rows");
+  PyObject* const num_rows = PyObject_GetAttr(routing.ptr(), name);
+  if (!num_rows) throw py::error_already_set();
+  const int64_t want = PyLong_AsLongLong(py::reinterpret_steal<py::object>(num_rows).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) rows *= x.shape[i];
+  return rows == want;
+}
+
 }  // namespace lora_fuse

@@ -13,4 +13,7 @@ inline bool has_kernel(dlpack::DataType t) { return same(t, kFloat32) || same(t,
 // route: (rows, weights, segment_starts, row_starts, row_pairs); ValueError naming what does not fit.
 RoutingView read_routing(const pybind11::tuple& route, int64_t num_slots, int64_t num_rows);
 
+// Whether x [..., features] has as many rows as a Routing is for.
+bool has_rows_of(const TensorView& x, pybind11::handle routing);
+
 }  // namespace lora_fuse

@@ -20,6 +20,25 @@ namespace {
 
 int64_t length_of(const TensorView& v) { return v.ndim == 1 ? v.shape[0] : 0; }
 
+// A contiguous int64 tensor of count + 1 numbers that rise from 0.
+const int64_t* rising(py::handle t, const char* name, int64_t count) {
+  const TensorView v = host(t, name);
+  expect_vector(v, name, kInt64, "int64", count + 1);
+  const auto* const starts = reinterpret_cast<const int64_t*>(v.data);
+  bool rises = starts[0] == 0;
+  for (int64_t i = 0; i < count; ++i) rises &= starts[i] <= starts[i + 1];
+  if (!rises) fail(std::string(name) + ": must rise from 0");
+  return starts;
+}
+
+// Where each slice starts, in steps, for `entries` in all.
+const int64_t* slice_starts(py::handle t, int64_t outputs, int64_t entries) {
+  const int64_t slices = num_slices(outputs);
+  const int64_t* const starts = rising(t, "starts", slices);
+  if (entries % kLanes || starts[slices] != entries / kLanes) fail("starts: does not end at the number of steps");
+  return starts;
+}
+
 // uint16 or int32, contiguous.
 bool wide_columns(const TensorView& v, const char* name, int64_t length) {
   const bool wide = same(v.dtype, kInt32);
@@ -42,15 +61,11 @@ struct Positions {
 
   Positions(py::object row_starts_, py::object columns_, py::object bitmap_, int64_t num_cols)
       : row_starts(std::move(row_starts_)), columns(std::move(columns_)), bitmap(std::move(bitmap_)) {
-    const TensorView sv = host(row_starts, "row_starts");
-    const int64_t rows = length_of(sv) - 1;
-    if (rows < 0 || num_cols < 0) fail("row_starts, num_cols: expected an element for each row and one more, and a size");
-    expect_vector(sv, "row_starts", kInt64, "int64", rows + 1);
-    at.starts = reinterpret_cast<const int64_t*>(sv.data);
+    const int64_t rows = length_of(host(row_starts, "row_starts")) - 1;
+    if (rows < 0) fail("row_starts: expected an element for each row and one more");
+    if (num_cols < 0 || num_cols > INT32_MAX) fail("num_cols: got " + std::to_string(num_cols) + ", accepted are 0 to 2**31 - 1");
+    at.starts = rising(row_starts, "row_starts", rows);
     at.rows = rows, at.cols = num_cols;
-    bool rises = at.starts[0] == 0;
-    for (int64_t r = 0; r < rows; ++r) rises &= at.starts[r] <= at.starts[r + 1];
-    if (!rises) fail("row_starts: must rise from 0");
     nnz = at.starts[rows];
     if (columns.is_none() == bitmap.is_none()) fail("columns, bitmap: expected one of them");
     if (bitmap.is_none()) {
@@ -62,8 +77,7 @@ struct Positions {
     } else {
       const TensorView bv = host(bitmap, "bitmap");
       at.bitmap_stride = (num_cols + 63) / 64 * 8;
-      if (bv.ndim != 2 || !same(bv.dtype, kUInt8) || bv.shape[0] != rows || bv.shape[1] != at.bitmap_stride ||
-          (rows > 1 && bv.strides[0] != bv.shape[1]) || (bv.shape[1] > 1 && bv.strides[1] != 1))
+      if (bv.ndim != 2 || !same(bv.dtype, kUInt8) || bv.shape[0] != rows || bv.shape[1] != at.bitmap_stride || !is_contiguous(bv))
         fail("bitmap: expected a contiguous uint8 tensor of shape [" + std::to_string(rows) + ", " +
              std::to_string(at.bitmap_stride) + "], got shape " + show(bv));
       at.bitmap = reinterpret_cast<const uint8_t*>(bv.data);
@@ -97,8 +111,7 @@ struct Positions {
   // weight[kept] = values, the previous entries to saved first; either may be None.
   SparseWrite write(py::handle weight, py::handle values, py::handle saved) const {
     const TensorView wv = host(weight, "weight");
-    Rows wr;
-    if (wv.ndim != 2 || wv.shape[0] != at.rows || wv.shape[1] != at.cols || !collapse(wv, &wr) || (wr.rows > 1 && wr.stride != wr.cols))
+    if (wv.ndim != 2 || wv.shape[0] != at.rows || wv.shape[1] != at.cols || !is_contiguous(wv))
       fail("weight: expected a contiguous tensor of shape [" + std::to_string(at.rows) + ", " + std::to_string(at.cols) +
            "], got shape " + show(wv));
     const int size = wv.dtype.bits / 8;
@@ -197,13 +210,11 @@ struct Positions {
   // The entries in that order.
   void pack(py::handle values, py::handle starts, py::handle order, py::handle packed_values, py::handle packed_gaps) const {
     const int64_t slices = num_slices(at.rows);
-    const TensorView sv = host(starts, "starts"), ov = host(order, "order"), from = host(values, "values"), to = host(packed_values, "packed_values"),
+    const TensorView ov = host(order, "order"), from = host(values, "values"), to = host(packed_values, "packed_values"),
                      gv = host(packed_gaps, "packed_gaps");
-    expect_vector(sv, "starts", kInt64, "int64", slices + 1);
     expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
-    const auto* const first = reinterpret_cast<const int64_t*>(sv.data);
     const auto* const lane = reinterpret_cast<const uint8_t*>(ov.data);
-    const int64_t total = first[slices] * kLanes;
+    const int64_t total = length_of(to), *const first = slice_starts(starts, at.rows, total);
     expect_vector(from, "values", to.dtype, "(packed_values' dtype)", nnz);
     expect_vector(to, "packed_values", to.dtype, "floating", total);
     const bool wide = wide_gaps(gv, "packed_gaps", total);
@@ -251,7 +262,7 @@ struct Slot {
   Slot(int64_t in, int64_t out, py::object values_, py::object gaps_, py::object starts_, py::object order_, py::object bias_)
       : values(std::move(values_)), gaps(std::move(gaps_)), starts(std::move(starts_)), order(std::move(order_)),
         bias(std::move(bias_)), in_features(in), out_features(out) {
-    if (in < 0 || out < 0 || in >= INT32_MAX) fail("in_features, out_features: out of range");
+    if (in < 0 || out < 0 || in >= INT32_MAX || out > INT32_MAX) fail("in_features, out_features: out of range");
     if (!bias.is_none()) {
       const TensorView b = host(bias, "bias");
       expect_vector(b, "bias", kFloat32, "float32", out);
@@ -259,17 +270,12 @@ struct Slot {
     }
     if (values.is_none()) return;
     const int64_t slices = num_slices(out);
-    const TensorView sv = host(starts, "starts"), ov = host(order, "order"), vv = host(values, "values"), gv = host(gaps, "gaps");
-    expect_vector(sv, "starts", kInt64, "int64", slices + 1);
+    const TensorView ov = host(order, "order"), vv = host(values, "values"), gv = host(gaps, "gaps");
     expect_vector(ov, "order", kUInt8, "uint8", slices * kLanes);
-    view.starts = reinterpret_cast<const int64_t*>(sv.data);
     view.order = reinterpret_cast<const uint8_t*>(ov.data);
-    bool rises = view.starts[0] == 0;
-    for (int64_t s = 0; s < slices; ++s) rises &= view.starts[s] <= view.starts[s + 1];
-    if (!rises) fail("starts: must rise from 0");
     const int64_t total = length_of(vv);
     expect_vector(vv, "values", vv.dtype, "floating", total);
-    if (total % kLanes || view.starts[slices] != total / kLanes) fail("starts: does not end at the number of steps");
+    view.starts = slice_starts(starts, out, total);
     dtype = vv.dtype;
     view.wide = wide_gaps(gv, "gaps", total);
     check_order(slices);
@@ -422,7 +428,7 @@ void sparse_write(const py::sequence& writes, int threads) {
 }
 
 struct Names {
-  PyObject *tensors, *weights, *num_rows;
+  PyObject *tensors, *weights;
 } names{};
 
 py::object get(py::handle object, PyObject* name) {
@@ -436,10 +442,7 @@ py::object get(py::handle object, PyObject* name) {
 bool sparse_delta_linear_eager(py::handle out, py::handle x, const Slots& slots, py::handle routing) {
   if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
   TensorView v;
-  if (!try_view(x, &v)) return false;
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < v.ndim; ++i) rows *= v.shape[i];
-  if (rows != PyLong_AsLongLong(get(routing, names.num_rows).ptr())) return false;
+  if (!try_view(x, &v) || !has_rows_of(v, routing)) return false;
   const py::object route = get(routing, names.tensors);
   if (!PyTuple_Check(route.ptr())) fail("routing: expected 5 tensors");
   if (!sparse_delta_linear(out, x, slots, py::reinterpret_borrow<py::tuple>(route), num_threads())) return false;
@@ -451,7 +454,7 @@ bool sparse_delta_linear_eager(py::handle out, py::handle x, const Slots& slots,
 
 void bind_sparse(py::module_& m) {
   const auto name = [](const char* n) { return PyUnicode_InternFromString(n); };
-  names = {name("tensors"), name("weights"), name("num_rows")};
+  names = {name("tensors"), name("weights")};
   py::class_<Positions>(m, "SparsePositions")
       .def(py::init<py::object, py::object, py::object, int64_t>())
       .def("column_index", &Positions::column_index)

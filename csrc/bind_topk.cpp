@@ -18,29 +18,14 @@ namespace py = pybind11;
 namespace lora_fuse {
 namespace {
 
-constexpr dlpack::DataType kBool8{dlpack::kBool, 8, 1}, kUint8{dlpack::kUInt, 8, 1}, kUint16{dlpack::kUInt, 16, 1},
-    kInt64{dlpack::kInt, 64, 1};
-
 std::string indexed(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
 int dtype_index(dlpack::DataType t) { return same(t, kFloat32) ? 0 : same(t, kBfloat16) ? 1 : same(t, kFloat16) ? 2 : -1; }
 
-int64_t count_of(const TensorView& v) {
-  int64_t n = 1;
-  for (int i = 0; i < v.ndim; ++i) n *= v.shape[i];
-  return n;
-}
-
 // A contiguous CPU tensor of so many elements.
 char* contiguous(py::handle t, const std::string& name, dlpack::DataType dtype, int64_t elements) {
   const TensorView v = host(t, name.c_str());
-  int64_t dense = 1;
-  bool ok = same(v.dtype, dtype) && count_of(v) == elements;
-  for (int i = v.ndim - 1; ok && elements && i >= 0; --i) {
-    ok = v.shape[i] == 1 || v.strides[i] == dense;
-    dense *= v.shape[i];
-  }
-  if (!ok)
+  if (!same(v.dtype, dtype) || count_of(v) != elements || !is_contiguous(v))
     fail(name + ": expected a contiguous tensor of " + std::to_string(elements) + " " + show(dtype) + ", got " + show(v.dtype) +
          " of shape " + show(v));
   return v.data;
@@ -132,8 +117,8 @@ class PySelection {
       o.wide = in.cols > (1 << 16);
       if (py::object(t[2]).is_none() == py::object(t[3]).is_none()) fail("out: expected either columns or a bitmap");
       if (in.cols > INT32_MAX) fail(indexed("x", i) + ": more than 2**31 - 1 columns");
-      if (!py::object(t[2]).is_none()) o.columns = contiguous(t[2], indexed("columns", i), o.wide ? kInt32 : kUint16, kept);
-      else o.bitmap = reinterpret_cast<uint64_t*>(contiguous(t[3], indexed("bitmap", i), kUint8, in.rows * ((in.cols + 63) / 64) * 8));
+      if (!py::object(t[2]).is_none()) o.columns = contiguous(t[2], indexed("columns", i), o.wide ? kInt32 : kUInt16, kept);
+      else o.bitmap = reinterpret_cast<uint64_t*>(contiguous(t[3], indexed("bitmap", i), kUInt8, in.rows * ((in.cols + 63) / 64) * 8));
       outputs.push_back(o);
     }
     py::gil_scoped_release nogil;
@@ -152,7 +137,7 @@ class PySelection {
     if (out.size() != inputs.size()) fail("out: expected one for each of x");
     std::vector<char*> data;
     for (size_t i = 0; i < out.size(); ++i)
-      data.push_back(contiguous(out[i], indexed("out", i), mask ? kBool8 : dtype_of(inputs[i]), inputs[i].rows * inputs[i].cols));
+      data.push_back(contiguous(out[i], indexed("out", i), mask ? kBool : dtype_of(inputs[i]), inputs[i].rows * inputs[i].cols));
     return data;
   }
 

@@ -173,7 +173,7 @@ void fill_routing_py(const py::tuple& fields, const py::sequence& entries, const
 // ---- called for every layer: no Python frame, no pybind dispatch ----
 
 struct Names {
-  PyObject *cache, *tensors, *weights, *num_rows, *pool_a, *pool_b, *slot_rank, *slot_scaling, *slot_bias;
+  PyObject *cache, *tensors, *weights, *pool_a, *pool_b, *slot_rank, *slot_scaling, *slot_bias;
 } names{};
 
 py::object get(py::handle object, PyObject* name) {
@@ -205,12 +205,7 @@ bool apply(py::handle y, py::handle x, py::handle buffers, const py::object& rou
 bool multi_lora_eager(py::handle out, py::handle x, py::handle buffers, py::handle routing) {
   if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
   TensorView v;
-  if (!try_view(x, &v)) return false;
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < v.ndim; ++i) rows *= v.shape[i];
-  const int64_t want = PyLong_AsLongLong(get(routing, names.num_rows).ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
-  if (rows != want) return false;
+  if (!try_view(x, &v) || !has_rows_of(v, routing)) return false;
   return apply(out, x, buffers, get(routing, names.tensors));
 }
 
@@ -269,7 +264,7 @@ PYBIND11_MODULE(_cpu, m) {
   choose_isa(isa ? isa : "");
   m.def("multi_lora", &multi_lora);
   const auto name = [](const char* n) { return PyUnicode_InternFromString(n); };
-  names = {name("cache"), name("tensors"), name("weights"), name("num_rows"), name("pool_a"), name("pool_b"), name("slot_rank"), name("slot_scaling"), name("slot_bias")};
+  names = {name("cache"), name("tensors"), name("weights"), name("pool_a"), name("pool_b"), name("slot_rank"), name("slot_scaling"), name("slot_bias")};
   if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
   m.def("fill_routing", &fill_routing_py);
   m.def("may_bypass", [](py::handle x, py::handle weights) { return may_bypass(x, py::none(), weights, false); });

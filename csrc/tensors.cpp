@@ -81,9 +81,7 @@ bool try_view(py::handle t, TensorView* v) {
 
 // Tensors may claim elements and own no memory: freed storages, torch's zero tensors.
 void expect_memory(const TensorView& v, const char* name) {
-  bool empty = false;
-  for (int i = 0; i < v.ndim; ++i) empty |= v.shape[i] == 0;
-  if (!v.data && !empty) fail(std::string(name) + ": its storage is not allocated");
+  if (!v.data && count_of(v)) fail(std::string(name) + ": its storage is not allocated");
 }
 
 TensorView host(py::handle t, const char* name) {
@@ -97,6 +95,22 @@ void expect_vector(const TensorView& v, const char* name, DataType dtype, const 
   if (v.ndim != 1 || !same(v.dtype, dtype) || v.shape[0] != length || (length > 1 && v.strides[0] != 1))
     fail(std::string(name) + ": expected a contiguous " + dtype_name + " tensor of shape [" + std::to_string(length) +
          "], got shape " + show(v));
+}
+
+int64_t count_of(const TensorView& v) {
+  int64_t n = 1;
+  for (int i = 0; i < v.ndim; ++i) n *= v.shape[i];
+  return n;
+}
+
+bool is_contiguous(const TensorView& v) {
+  int64_t dense = 1;
+  if (count_of(v) == 0) return true;
+  for (int i = v.ndim - 1; i >= 0; --i) {
+    if (v.shape[i] != 1 && v.strides[i] != dense) return false;
+    dense *= v.shape[i];
+  }
+  return true;
 }
 
 bool collapse(const TensorView& v, Rows* out) {

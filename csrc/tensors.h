@@ -29,7 +29,7 @@ struct Extent {
 
 constexpr dlpack::DataType kInt32{dlpack::kInt, 32, 1}, kFloat32{dlpack::kFloat, 32, 1}, kFloat16{dlpack::kFloat, 16, 1},
     kBfloat16{dlpack::kBfloat, 16, 1}, kInt64{dlpack::kInt, 64, 1}, kUInt8{dlpack::kUInt, 8, 1}, kUInt16{dlpack::kUInt, 16, 1},
-    kFloat64{dlpack::kFloat, 64, 1};
+    kFloat64{dlpack::kFloat, 64, 1}, kBool{dlpack::kBool, 8, 1};
 inline bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits; }
 
 [[noreturn]] void fail(const std::string& message);  // ValueError
@@ -42,6 +42,9 @@ bool try_view(pybind11::handle t, TensorView* v);         // false where view() 
 void expect_memory(const TensorView& v, const char* name);
 TensorView host(pybind11::handle t, const char* name);   // refuses other devices and tensors without memory
 void expect_vector(const TensorView& v, const char* name, dlpack::DataType dtype, const char* dtype_name, int64_t length);
+
+int64_t count_of(const TensorView& v);  // elements
+bool is_contiguous(const TensorView& v);  // row-major without gaps, as torch says it
 
 // [..., cols] as [rows, cols] with one stride between rows; false where no such view exists.
 bool collapse(const TensorView& v, Rows* out);

@@ -125,7 +125,7 @@ int32_t nth_largest(const int32_t* keys, int64_t n, int64_t rank, int32_t low, i
   return scratch[rank - 1];
 }
 
-int size_of_team(int64_t entries, int threads) { return entries < kParallelEntries ? 1 : threads; }
+int size_of_team(int64_t entries, int threads) { return entries < kParallelEntries ? 1 : std::max(threads, 1); }
 
 }  // namespace
 

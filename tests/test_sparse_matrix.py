@@ -115,6 +115,15 @@ def test_weights_that_the_kernel_does_not_take():
     assert torch.equal(half[mask], matrix.values.half())
 
 
+@pytest.mark.parametrize("shape", [(40, 0), (0, 5), (1, 0), (0, 0)], ids=str)
+def test_nothing_to_write(shape):
+    rows, cols = shape
+    matrix = SparseMatrix.from_mask(torch.empty(shape), torch.empty(shape, dtype=torch.bool))
+    for weight in (torch.empty(shape), torch.empty(rows, 2 * cols)[:, ::2]):
+        assert matrix.write_into(weight, saved=torch.empty(0)) is weight
+    assert matrix.to_dense().shape == shape
+
+
 def test_parameters_and_versions():
     matrix, mask = make(20, 30, 0.3)
     weight = torch.nn.Parameter(torch.randn(20, 30))
@@ -270,6 +279,12 @@ def test_other_values_at_the_same_places():
     assert other.positions() is known
     assert torch.equal(other.to_dense(), -matrix.to_dense())
     assert torch.equal(matrix.mask(), mask)
+
+
+def test_more_columns_than_an_index_can_tell():
+    for cols in (-1, 2**31, 2**63 - 1):
+        with pytest.raises(ValueError, match=f"num_cols: got {cols}, accepted are 0 to"):
+            _cpu.SparsePositions(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), None, cols)
 
 
 def test_copies_forget_the_checked_view():

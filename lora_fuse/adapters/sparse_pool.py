@@ -25,7 +25,8 @@ class PackedDelta:
         gaps: ``[steps * lanes]`` uint8 or uint16, columns since the lane's entry before (its first: since column 0).
         starts: ``[slices + 1]`` int64, in steps.
         order: ``[slices * lanes]`` uint8, each lane's output within its strip of 64, or 64 for none.
-        bias: ``[out_features]`` float32, or None. All others are None in a slot that is only a bias.
+        bias: ``[out_features]``, fp32 (fp64 in a pool of fp64), or None. All others are None in a slot that is only a
+            bias.
     """
 
     values: Tensor | None
@@ -145,7 +146,7 @@ class SparsePool(nn.Module):
             slot: index in ``[0, num_slots)``.
             matrix: entries of the weight's delta, ``[out_features, in_features]``, cast to the pool's dtype and copied;
                 None: none.
-            bias: ``[out_features]``, the bias's delta, kept in fp32, or None.
+            bias: ``[out_features]``, the bias's delta, kept in fp32 (fp64 in a pool of fp64), or None.
         Raises:
             ValueError: slot out of range, shapes that do not fit the layer, or a matrix with an index out of range;
                 the slot stays as it was.
@@ -160,7 +161,8 @@ class SparsePool(nn.Module):
             raise ValueError(f"bias: expected shape ({self.out_features},), got {tuple(bias.shape)}")
         with torch.inference_mode(False):
             device = self.anchor.device
-            own = None if bias is None else bias.detach().to(device, torch.float32, copy=True).contiguous()
+            wide = torch.promote_types(self.dtype, torch.float32)
+            own = None if bias is None else bias.detach().to(device, wide, copy=True).contiguous()
             if matrix is not None:
                 made: PackedDelta | None = pack(matrix, self.dtype, own, device)
             else:
@@ -206,7 +208,8 @@ class SparsePool(nn.Module):
     def _view(self, p: PackedDelta) -> _cpu.SparseSlot | None:
         if self.anchor.device.type != "cpu":
             return None
-        return _cpu.SparseSlot(self.in_features, self.out_features, p.values, p.gaps, p.starts, p.order, p.bias)
+        bias = None if p.bias is None else p.bias.float()
+        return _cpu.SparseSlot(self.in_features, self.out_features, p.values, p.gaps, p.starts, p.order, bias)
 
     def _rebuild(self, views: list[_cpu.SparseSlot | None]) -> None:
         """Publish a new set of slots; a forward that runs keeps the set that it took."""

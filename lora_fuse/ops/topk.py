@@ -174,7 +174,7 @@ class _Call:
                 raise ValueError(f"{name}: on {t.device}, accepted is one device for all, as {self.xs[0].device}")
         if scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-        if isinstance(density, bool) or not 0 < density <= 1:
+        if density is None or isinstance(density, (bool, str)) or not 0 < density <= 1:
             raise ValueError(f"density: expected 0 < density <= 1, got {density!r}")
         self.minus: list[Tensor] | None = None if minus is None else self.like(minus, "minus")
         self.shapes = [matrix_shape(t) for t in self.xs]
@@ -229,8 +229,8 @@ class _Call:
 
     def select(self, histogram: bool = False) -> _cpu.Selection:
         selection = _cpu.Selection(
-            [_plain(t) for t in self.xs],
-            None if self.minus is None else [_plain(t) for t in self.minus],
+            [_flat(t) for t in self.xs],
+            None if self.minus is None else [_flat(t) for t in self.minus],
             self.shapes,
             self.scope,
             self.ks,
@@ -253,7 +253,7 @@ class _Call:
             return self.composite_masks()
         selection = self.select()
         out = [torch.empty(t.shape, dtype=torch.bool) for t in self.xs]
-        selection.write_mask(out, torch.get_num_threads())
+        selection.write_mask([_flat(t) for t in out], torch.get_num_threads())
         return out
 
     def pruned(self) -> list[Tensor]:
@@ -261,12 +261,12 @@ class _Call:
             return self.composite_pruned()
         selection = self.select()
         out = [torch.empty(t.shape, dtype=t.dtype) for t in self.xs]
-        selection.write_dense(out, True, torch.get_num_threads())
+        selection.write_dense([_flat(t) for t in out], True, torch.get_num_threads())
         return out
 
     def prune_into(self, outs: list[Tensor]) -> None:
         if self.by_kernel and all(t.is_contiguous() and not t.is_neg() for t in outs):
-            self.select().write_dense(outs, False, torch.get_num_threads())
+            self.select().write_dense([_flat(t) for t in outs], False, torch.get_num_threads())
             return
         for out, result in zip(outs, self.pruned(), strict=True):
             out.copy_(result)
@@ -321,8 +321,9 @@ def _tensors(given: Any, name: str) -> list[Tensor]:
     return tensors
 
 
-def _plain(t: Tensor) -> Tensor:
-    return t.detach().resolve_neg().contiguous()
+def _flat(t: Tensor) -> Tensor:
+    """As the kernels take it; a view if they can read it as it lies."""
+    return t.detach().resolve_neg().contiguous().view(-1)
 
 
 def _difference(x: Tensor, minus: Tensor | None) -> Tensor:

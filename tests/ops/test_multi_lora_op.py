@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import make_pool, routing_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from fast_path import StepsAside
 
-from lora_fuse import _cpu, functional
+from lora_fuse import _cpu
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
@@ -21,18 +21,6 @@ PAIRS = [(0, 1, 0.5), (0, 2, -1.0), (2, 0, 2.0), (3, 1, 1.0)]
 
 def args_of(pool: AdapterPool, routing: Routing) -> tuple:
     return (*pool.tensors, *routing.tensors)
-
-
-class Seen(TorchDispatchMode):
-    """Records the ops that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -147,131 +135,14 @@ def test_compiled_public_function_and_export_record_the_op():
     torch.testing.assert_close(exported.module()(x), layer(x))
 
 
-class TestTheFastPathStepsAside:
-    """Wherever torch must see the op, it does; with nothing to see, the dispatcher is not entered."""
+class TestTheFastPathStepsAside(StepsAside):
+    op = "multi_lora"
 
-    @pytest.fixture(autouse=True)
-    def _call(self, monkeypatch):
-        self.pool = make_pool(2, 4, 20, 12, torch.float32)
-        self.pool.pool_a.nan_to_num_()
-        self.pool.pool_b.nan_to_num_()
-        self.routing = Routing.from_slots(torch.tensor([0, 1, -1, 0]), 2)
-        self.x = torch.randn(4, 20)
-        self.kernel_calls = 0
-        fast = functional._multi_lora_eager
-
-        def counted(*args):
-            done = fast(*args)
-            self.kernel_calls += done
-            return done
-
-        monkeypatch.setattr(functional, "_multi_lora_eager", counted)
-        self.want = self.call(self.x)
-        assert self.kernel_calls == 1
-        self.kernel_calls = 0
-
-    def call(self, x):
-        return multi_lora(x, self.pool, self.routing)
-
-    def test_dispatch_mode(self):
-        with Seen() as seen:
-            got = self.call(self.x)
-        assert "lora_fuse.multi_lora.default" in seen.names
-        assert self.kernel_calls == 0
-        assert torch.equal(got, self.want)
-
-    def test_function_mode(self):
-        class Functions(torch.overrides.TorchFunctionMode):
-            seen: list = []  # noqa: RUF012
-
-            def __torch_function__(self, func, types, args=(), kwargs=None):
-                self.seen.append(str(func))
-                return func(*args, **(kwargs or {}))
-
-        with Functions() as mode:
-            self.call(self.x)
-        assert any("multi_lora" in name for name in mode.seen)
-        assert self.kernel_calls == 0
-
-    def test_subclass(self):
-        class Mine(torch.Tensor):
-            pass
-
-        got = self.call(self.x.as_subclass(Mine))
-        assert type(got) is Mine
-        assert self.kernel_calls == 0
-
-    def test_grad(self):
-        x = self.x.clone().requires_grad_()
-        assert self.call(x).requires_grad
-        assert self.kernel_calls == 0
-        with torch.no_grad():
-            assert not self.call(x).requires_grad
-        assert self.kernel_calls == 1
-
-    def test_functorch(self):
-        got = torch.func.grad(lambda x: self.call(x).square().sum())(self.x)
-        x = self.x.clone().requires_grad_()
-        (want,) = torch.autograd.grad(self.call(x).square().sum(), x)
-        torch.testing.assert_close(got, want)
-        assert self.kernel_calls == 0
-
-    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's word on its own per-sample fallback
-    def test_vmap(self):
-        batch = torch.stack([self.x, 2 * self.x])
-        got = torch.func.vmap(self.call)(batch)
-        torch.testing.assert_close(got, torch.stack([self.want, 2 * self.want]))
-        assert self.kernel_calls == 0
-
-    def test_forward_mode_ad(self):
-        """The op is linear in x and in the weights, so its jvp is itself."""
-        tangent = torch.randn_like(self.x)
-        _, got = torch.func.jvp(self.call, (self.x,), (tangent,))
-        torch.testing.assert_close(got, self.call(tangent))
-        rows, slots = torch.tensor([p[0] for p in PAIRS]), torch.tensor([p[1] % 2 for p in PAIRS])
-
-        def of_weights(w: torch.Tensor) -> torch.Tensor:
-            return multi_lora(self.x, self.pool, Routing.from_pairs(rows, slots, w, 4, 2))
-
-        weights, tangent = torch.randn(4), torch.randn(4)
-        self.kernel_calls = 0
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(weights, tangent)
-            got = torch.autograd.forward_ad.unpack_dual(of_weights(dual)).tangent
-        assert self.kernel_calls == 0
-        torch.testing.assert_close(got, of_weights(tangent))
-
-    def test_out_is_refused_under_transforms(self):
-        """Written in place, a tangent or a vmapped batch would be lost."""
-
-        def call(x):
-            return multi_lora(x, self.pool, self.routing, out=torch.zeros(4, 12))
-
-        with pytest.raises(ValueError, match="out: cannot be given under a functorch transform or forward-mode AD"):
-            torch.func.jvp(call, (self.x,), (self.x,))
-        with pytest.raises(ValueError, match="out: cannot be given under"):
-            torch.func.vmap(call)(self.x[None])
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="out: cannot be given under"):
-            call(torch.autograd.forward_ad.make_dual(self.x, self.x))
-
-    def test_negated_view(self):
-        """Its memory holds the negative of what it is."""
-        torch.testing.assert_close(self.call(torch._neg_view(self.x)), -self.want)
-        assert self.kernel_calls == 0
-        with pytest.raises(ValueError, match="out: is a view whose memory holds the negative"):
-            multi_lora(self.x, self.pool, self.routing, out=torch._neg_view(torch.zeros(4, 12)))
-
-    def test_autocast_follows_linear(self):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = self.call(self.x)
-            assert got.dtype == torch.nn.functional.linear(self.x, torch.randn(12, 20)).dtype == torch.bfloat16
-        assert self.kernel_calls == 0
-        torch.testing.assert_close(got.float(), self.want, rtol=0.05, atol=0.05)
-
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # still used, and still traced right
-    def test_jit_trace(self):
-        traced = torch.jit.trace(self.call, (self.x,), check_trace=False)
-        assert "lora_fuse::multi_lora" in str(traced.graph)
+    def make_pool(self):
+        pool = make_pool(2, 4, 20, 12, torch.float32)
+        pool.pool_a.nan_to_num_()
+        pool.pool_b.nan_to_num_()
+        return pool
 
 
 class TestBadInput:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import pickle
-import select
-import signal
 import threading
 
 import pytest
 import torch
 from cases import mixed_pairs, pairs_of, routing_of
+from forks import NEEDS_FORK, QUIET, check_use_fork_use
 from sparse_cases import make_case, make_sparse_pool
 
 from lora_fuse.adapters.routing import Routing
@@ -248,6 +246,16 @@ class TestPool:
         got = sparse_delta_linear(self.x.bfloat16(), cast, self.routing)
         torch.testing.assert_close(got.float(), self.want, rtol=0.05, atol=0.2)
 
+    def test_fp64_keeps_its_bias(self):
+        pool = SparsePool(2, 48, 70, torch.float64)
+        delta, bias = self.filled.deltas[0].double(), torch.randn(70, dtype=torch.float64)
+        pool.write(0, SparseMatrix.from_mask(delta, delta != 0), bias)
+        got = sparse_delta_linear(self.x.double(), pool, self.routing)
+        torch.testing.assert_close(got[0], delta @ self.x[0].double() + bias, rtol=1e-14, atol=1e-14)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = sparse_delta_linear(self.x, pool, self.routing)
+        torch.testing.assert_close(low.double(), got, rtol=0.05, atol=0.2)
+
     def test_dense_is_what_was_written(self):
         for slot, delta in enumerate(self.filled.deltas):
             assert torch.equal(self.pool.dense(slot, torch.float32), delta)
@@ -326,40 +334,40 @@ class TestPool:
                 make(**{name: bad})
         with pytest.raises(ValueError, match="gaps: expected a contiguous"):
             make(gaps=p.gaps[:-8])
+        for sizes in [(2**62, 70), (48, 2**63 - 1), (-1, 70)]:
+            with pytest.raises(ValueError, match="in_features, out_features: out of range"):
+                _cpu.SparseSlot(*sizes, None, None, None, None, None)
 
-
-def big_call(filled_pool) -> torch.Tensor:
-    """Large enough for a team of threads."""
-    torch.manual_seed(1)
-    x = torch.randn(64, 512)
-    return sparse_delta_linear(x, filled_pool, Routing.from_slots(torch.arange(64) % 4, 4))
+    def test_packing_stays_in_its_memory(self):
+        delta = self.filled.deltas[0]
+        matrix, p = SparseMatrix.from_mask(delta, delta != 0), self.pool.packed[0]
+        values, gaps = torch.empty_like(p.values), torch.empty_like(p.gaps)
+        matrix.positions().pack(matrix.values, p.starts, p.order, values, gaps)
+        assert torch.equal(values, p.values)
+        assert torch.equal(gaps, p.gaps)
+        for place, value in [
+            (0, -1),
+            (1, 1 << 40),
+            (1, -(1 << 63)),
+            (2, -5),
+            (-1, 1 << 62),
+            (-1, int(p.starts[-1]) - 1),
+        ]:
+            starts = p.starts.clone()
+            starts[place] = value
+            with pytest.raises(ValueError, match="starts"):
+                matrix.positions().pack(matrix.values, starts, p.order, values, gaps)
+        with pytest.raises(ValueError, match="starts: does not end at the number of steps"):
+            matrix.positions().pack(matrix.values, p.starts, p.order, values[:-16], gaps[:-16])
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of what this test is about
+@NEEDS_FORK
+@QUIET
 def test_use_fork_use():
     pool = make_sparse_pool(4, 512, 512, 0.1, torch.float32).pool
-    torch.manual_seed(1)
     x, routing = torch.randn(64, 512), Routing.from_slots(torch.arange(64) % 4, 4)
-    want, out = sparse_delta_linear(x, pool, routing), torch.zeros(64, 512)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:  # no team survives a fork: this must run serially, not hang
-        with torch.no_grad():
-            sparse_delta_linear(x, pool, routing, out=out)
-        torch.set_num_threads(1)  # torch's own loops would hang
-        os.write(write, b"1" if torch.equal(out, want) else b"0")
-        os._exit(0)
-    os.close(write)
-    ready, _, _ = select.select([read], [], [], 60)
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert ready, "the child hung"
-    assert os.read(read, 1) == b"1"
-    os.close(read)
-    assert torch.equal(sparse_delta_linear(x, pool, routing), want)
+    check_use_fork_use(lambda out: sparse_delta_linear(x, pool, routing, out))
 
 
 @pytest.mark.usefixtures("two_threads")

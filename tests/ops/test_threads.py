@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +11,7 @@ import threading
 import pytest
 import torch
 from cases import make_pool
+from forks import NEEDS_FORK, QUIET, check_use_fork_use
 
 from lora_fuse import _cpu
 from lora_fuse.adapters.routing import Routing
@@ -72,30 +71,12 @@ assert tasks() >= before + 2, "three threads asked for"
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of what this test is about
+@NEEDS_FORK
+@QUIET
 def test_use_fork_use():
-    torch.manual_seed(0)
     pool = make_pool(4, 16, 512, 512, torch.float32)
     x, routing = torch.randn(256, 512), Routing.from_slots(torch.arange(256) % 4, 4)
-    want, out = multi_lora(x, pool, routing), torch.zeros(256, 512)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:  # no team survives a fork: this must run serially, not hang
-        with torch.no_grad():
-            multi_lora(x, pool, routing, out=out)
-        torch.set_num_threads(1)  # torch's own loops would hang
-        os.write(write, b"1" if torch.equal(out, want) else b"0")
-        os._exit(0)
-    os.close(write)
-    ready, _, _ = select.select([read], [], [], 60)
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert ready, "the child hung"
-    assert os.read(read, 1) == b"1"
-    os.close(read)
-    assert torch.equal(multi_lora(x, pool, routing), want)
+    check_use_fork_use(lambda out: multi_lora(x, pool, routing, out))
 
 
 class UsesTheKernel(torch.utils.data.Dataset):
@@ -107,7 +88,7 @@ class UsesTheKernel(torch.utils.data.Dataset):
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@QUIET
 def test_data_loader_workers():
     want = big_call()
     for batch in torch.utils.data.DataLoader(UsesTheKernel(), num_workers=2, batch_size=1, timeout=60):

@@ -256,6 +256,28 @@ def test_any_layout(layout, dtype):
     assert bool((base[:, 1::2] == 7).all())
 
 
+def test_more_dimensions_than_the_kernels_read():
+    flat = torch.randn(40, 90)
+    x, minus = flat.view(5, 8, 1, 1, 3, 1, 5, 1, 6), torch.randn(5, 8, 1, 1, 3, 1, 5, 1, 6)
+    check([x], 0.2, "tensor", [minus])
+    assert torch.equal(topk_mask(x, 0.2), topk_mask(flat, 0.2).view(x.shape))
+    assert torch.equal(sparsify(x, 0.2).values, sparsify(flat, 0.2).values)
+    out = torch.empty_like(x)
+    version = out._version
+    magnitude_prune(x, 0.2, minus=minus, out=out)
+    assert torch.equal(out, magnitude_prune(x, 0.2, minus=minus))
+    assert out._version > version
+
+
+@pytest.mark.parametrize("threads", [0, -3])
+def test_a_selection_has_a_thread_at_least(threads):
+    x, mask = torch.randn(300, 200), torch.empty(300, 200, dtype=torch.bool)
+    selection = _cpu.Selection([x], None, [(300, 200)], "tensor", [6000])
+    assert selection.select(threads, False) == -1
+    selection.write_mask([mask], threads)
+    assert torch.equal(mask, topk_mask(x, 0.1))
+
+
 def test_bitmaps_are_written_whole(isa, monkeypatch):
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *s, **k: plain(*s, **k).view(torch.uint8).fill_(255).view(k["dtype"]))
@@ -349,6 +371,8 @@ BAD = {
     "density above": ({"density": 1.5}, "density"),
     "density nan": ({"density": float("nan")}, "density"),
     "density bool": ({"density": True}, "density"),
+    "density text": ({"density": "0.5"}, "density: expected 0 < density <= 1, got '0.5'"),
+    "density None": ({"density": None}, "density: expected 0 < density <= 1, got None"),
     "scope": ({"scope": "column"}, "scope: expected one of tensor, row, global, got 'column'"),
     "integers": ({"x": torch.ones(3, dtype=torch.int32)}, "x: torch.int32"),
     "sparse": ({"x": torch.ones(3, 3).to_sparse()}, "x: .*sparse"),
