@@ -69,10 +69,20 @@ class SparseAdapter:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the adapter holds."""
-        for matrix in self.matrices.values():
-            yield from (t for t in (matrix.values, matrix.row_starts, matrix.columns, matrix.bitmap) if t is not None)
-        yield from self.dense.values()
-        yield from self.heads.values()
+        for name in (*self.matrices, *self.dense, *self.heads):
+            yield from self._held(name)
+
+    def _held(self, name: str) -> list[Tensor]:
+        matrix = self.matrices.get(name)
+        if matrix is None:
+            return [group[name] for group in (self.dense, self.heads) if name in group]
+        parts = (matrix.values, matrix.row_starts, matrix.columns, matrix.bitmap)
+        return [t for t in parts if t is not None]
+
+    def agrees(self, a: str, b: str) -> bool:
+        """Whether the task has the same of its own under two names: the same values at the same places, or nothing."""
+        ours, theirs = self._held(a), self._held(b)
+        return a == b or (len(ours) == len(theirs) and all(map(same_bits, ours, theirs)))
 
     @property
     def nnz(self) -> int:

@@ -76,10 +76,11 @@ class Places:
     def _holders(self, name: str) -> list[tuple[str, str]] | str:
         tensor = self.tensors[name]
         low, high = _span(tensor)
+        own = _memory(tensor)
         found = []
         for (path, leaf), other in self.users[_storage(tensor)].items():
             start, end = _span(other)
-            if (start, other.shape, other.stride(), other.dtype) == (low, tensor.shape, tensor.stride(), tensor.dtype):
+            if _memory(other) == own:
                 found.append((path, leaf))
             elif start < high and low < end:
                 return f"shares part of its memory with {path}.{leaf}"
@@ -88,6 +89,11 @@ class Places:
     def unknown(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.tensors, n=2)
         return "the model has no such parameter" + (f", nearest: {', '.join(near)}" if near else "")
+
+
+def _memory(t: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are one."""
+    return _storage(t), _span(t)[0], t.shape, t.stride(), t.dtype
 
 
 def _storage(t: Tensor) -> int:
@@ -109,9 +115,10 @@ def fit(name: str, adapter: SparseAdapter, places: Places) -> tuple[FittedSparse
         Where its parameters go, and for each that cannot be served why: ``"parameter: reason"``.
     Raises:
         ValueError: the model does not hold the merged weights that the adapter belongs to (the first parameter that
-            differs is named).
+            differs is named), or ties what the adapter has apart.
     """
     _check_merged(name, adapter, places)
+    _check_ties(name, adapter, places)
     fitted, offenders = FittedSparse(), []
     head_leaves: dict[str, dict[str, Tensor]] = {}
     for parameter, tensor in adapter.heads.items():
@@ -169,6 +176,20 @@ def _check_merged(name: str, adapter: SparseAdapter, places: Places) -> None:
         merged = places.tensors[parameter]
         if tuple(merged.shape) != tuple(shape):
             raise ValueError(f"adapter {name!r}: {parameter} has shape {list(shape)}, the model's {list(merged.shape)}")
+
+
+def _check_ties(name: str, adapter: SparseAdapter, places: Places) -> None:
+    """Names that are one tensor in this model, but not in ``theta*``, have to stand for the same values."""
+    first: dict[tuple[object, ...], str] = {}
+    for parameter in dict.fromkeys((*adapter.fingerprint, *adapter.aliases, *adapter.heads)):
+        if parameter in places.tensors:
+            other = first.setdefault(_memory(places.tensors[parameter]), parameter)
+            if not adapter.agrees(*(adapter.aliases.get(n, n) for n in (other, parameter))):
+                raise ValueError(
+                    f"adapter {name!r} ({adapter.source}): {other} and {parameter} are one tensor in the model (tied "
+                    "weights), but the fine-tune has values of its own under each; untie them in the model, or tie "
+                    "them in the base that the adapter is made from"
+                )
 
 
 def _head(path: str, leaves: Mapping[str, Tensor], own: Own, places: Places) -> tuple[dict[str, Tensor], str | None]:

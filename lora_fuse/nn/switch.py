@@ -135,7 +135,7 @@ def _write(places: list[_Place], values: Mapping[str, Tensor], saved: Mapping[st
             param.copy_(new)
             continue
         flat = param if param.dim() == 2 and param.is_contiguous() else param.reshape(place.matrix.shape)
-        if not param.is_contiguous():
+        if flat.data_ptr() != param.data_ptr():  # no view of it has that shape
             copies.append((param, flat))
         writes.append(Write(place.matrix, flat, new, old))
     write_all(writes)
@@ -145,15 +145,13 @@ def _write(places: list[_Place], values: Mapping[str, Tensor], saved: Mapping[st
 
 def _places(model: nn.Module, adapter: SparseAdapter) -> list[_Place]:
     """Every parameter that a task has values for, checked as far as a write could fail."""
-    places: list[_Place] = []
+    places: dict[object, _Place] = {}  # by memory: of tied parameters the first, attach has made sure that they agree
     for name in (*adapter.matrices, *adapter.dense):
-        places.append(_place(model, adapter, name, name))
-        for alias in (alias for alias, first in adapter.aliases.items() if first == name):
-            if _holds(model, alias):  # tied in theta*; written unless it is tied here too
-                place = _place(model, adapter, name, alias)
-                if place.param.data_ptr() != places[-1].param.data_ptr():
-                    places.append(place)
-    return places
+        aliases = [alias for alias, first in adapter.aliases.items() if first == name and _holds(model, alias)]
+        for where in (name, *aliases):
+            place = _place(model, adapter, name, where)
+            places.setdefault((place.param.device, place.param.data_ptr()), place)
+    return [*places.values()]
 
 
 def _holds(model: nn.Module, name: str) -> bool:

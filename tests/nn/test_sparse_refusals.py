@@ -122,6 +122,34 @@ def test_other_weights_than_the_merged_ones() -> None:
         lf.attach(wide.bfloat16(), {"t": adapter})
 
 
+@pytest.mark.parametrize("dense", [(), ("*",)], ids=["sparse", "whole"])
+def test_a_model_that_ties_what_the_fine_tune_has_apart(dense: tuple[str, ...]) -> None:
+    """As from files, which hold a tied weight twice: good where both are the same, refused where they differ."""
+    base = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    base[2].load_state_dict(base[0].state_dict())
+    apart = fine_tuned(base, 1)
+    alike = copy.deepcopy(apart)
+    alike[2].load_state_dict(alike[0].state_dict())
+    half = copy.deepcopy(alike)
+    half[2].load_state_dict(base[2].state_dict())  # only the first has moved
+    tied = copy.deepcopy(base)
+    tied[2].weight, tied[2].bias = tied[0].weight, tied[0].bias
+    before = snapshot(tied)
+    for tuned in (apart, half):
+        adapter = sparse_adapter(base, tuned, dense=dense)
+        lf.detach(lf.attach(copy.deepcopy(base), {"t": adapter}))
+        held = {name: t for name, t in adapter.dense.items() if not torch.equal(t, base.state_dict()[name])}
+        with pytest.raises(ValueError, match=r"0\.(weight|bias) and 2\.\1 are one tensor in the model \(tied"):
+            lf.attach(tied, {"t": replace(adapter, dense=held)})
+        assert_unchanged(tied, before)
+    adapter = sparse_adapter(base, alike, dense=dense)
+    lf.attach(tied, {"t": adapter})
+    for name in ("t", None):
+        lf.switch_task(tied, name)
+        want = adapter.state_dict(base.state_dict()) if name else before[0]
+        assert all(torch.equal(t, want[n]) for n, t in tied.state_dict().items())
+
+
 def test_parameters_that_the_model_lacks() -> None:
     model, _ = model_of("tokens")
     tuned = fine_tuned(model, 1)

@@ -175,6 +175,63 @@ def test_a_parameter_that_changed_its_shape() -> None:
     assert torch.equal(model.words.weight, before)
 
 
+@pytest.mark.parametrize("kind", ["tokens", "images"])
+def test_parameters_with_any_strides(kind: str) -> None:
+    """Reversed dimensions: of a convolution by 1 x 1, the matrix is a view that has other strides than the weight."""
+    model, _ = model_of(kind)
+    peru = lf.peru_fft(model, {"t": fine_tuned(model, 1)}, density=0.2)
+    for module in model.modules():
+        for leaf, p in module._parameters.items():
+            if p is not None:
+                dims = [*reversed(range(p.dim()))]
+                reversed_ = torch.empty([*reversed(p.shape)]).permute(dims)
+                module._parameters[leaf] = nn.Parameter(reversed_)
+    model.load_state_dict(peru.merged)
+    lf.attach(model, peru.adapters)
+    for name in ("t", None, "t", None):
+        lf.switch_task(model, name)
+        want = peru.state_dict(name)
+        assert [n for n, t in model.state_dict().items() if not same_bits(t, want[n])] == []
+
+
+class Thrice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def tie(self, *names: str) -> Thrice:
+        for leaf in ("weight", "bias"):
+            for name in names[1:]:
+                setattr(getattr(self, name), leaf, getattr(getattr(self, names[0]), leaf))
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.mark.parametrize("exclude", [(), ("a.weight",)], ids=["sparse", "whole"])
+@pytest.mark.parametrize("tied", ["abc", "ab", "ac", "bc", ""])
+@torch.no_grad()
+def test_a_model_that_ties_other_names(tied: str, exclude: tuple[str, ...]) -> None:
+    """Of three names of one tensor in theta*, some are one in the model that it is loaded into."""
+    base = Thrice().tie("a", "b", "c")
+    peru = lf.peru_fft(base, {f"t{i}": fine_tuned(base, i) for i in range(2)}, density=0.3, exclude=exclude)
+    model, x = Thrice(), torch.randn(3, 8)
+    if tied:
+        model.tie(*tied)
+    model.load_state_dict(peru.merged)
+    lf.attach(model, peru.adapters)
+    alone = {}
+    for name in ("t0", "t1", None, "t0", None):
+        lf.switch_task(model, name)
+        want = peru.state_dict(name)
+        assert [n for n, t in model.state_dict().items() if not same_bits(t, want[n])] == []
+        alone[name] = model(x)
+    with lf.use_adapters(model, ["t0", None, "t1"]):
+        mixed = model(x)
+    torch.testing.assert_close(mixed, torch.stack([alone[name][i] for i, name in enumerate(("t0", None, "t1"))]))
+
+
 def test_inference_mode() -> None:
     model, bare, x, adapters = prepared()
     with torch.inference_mode():
