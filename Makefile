@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CSRC := $(wildcard csrc/*)
 
-.PHONY: demo test test-kernels test-gpu test-all lint types bench clean install
+.PHONY: demo test test-kernels test-gpu test-all lint types bench bench-gpu clean install
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks
+
+bench-gpu: $(STAMP)
+	$(PY) -m benchmarks.bench_gpu
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache lora_fuse/_cpu*.so
