@@ -279,8 +279,9 @@ def test_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
 def test_killed_in_the_middle(made: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
     base, path = made
     script = f"""
-        import time, lora_fuse as lf
+        import signal, time, lora_fuse as lf
         from lora_fuse.checkpoints import fuse_checkpoint
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
         def progress(done, total):
             if done > total // 2:
                 print("half", flush=True)
