@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from lora_fuse import LoraAdapter
 from lora_fuse.adapters.lora import LoraLayer
 
 SIZES = {"up": (24, 40), "act": None, "down": (40, 24), "out": (24, 10)}
+
+INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch.jit's, inside inductor
 
 
 class Mlp(nn.Module):

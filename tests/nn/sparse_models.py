@@ -43,6 +43,17 @@ class Picture(nn.Module):
         return self.out(torch.tanh(self.mix(torch.tanh(self.stem(x)))).flatten(2).mean(2))
 
 
+class Flat(nn.Module):
+    """Token ids ``[batch, seq]`` -> ``[batch, seq, 4]``; the places are looked up by ids of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+
+
 def fine_tuned(model: nn.Module, seed: int, size: float = 0.3) -> nn.Module:
     """A copy whose every floating-point parameter has moved."""
     tuned, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from nn_models import Mlp, adapted_copy, adapter, per_row
+from nn_models import INDUCTOR, Mlp, adapted_copy, adapter, per_row
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_fuse as lf
 
 PATHS = ("up", "down", "out")
-_INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch.jit's, inside inductor
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model: nn.Module, **kwargs: Any) -> tuple[Any, CompileCounterWithBackend]:
@@ -76,7 +68,7 @@ def test_no_recompilation(grad: bool) -> None:
         fast(x)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=_INDUCTOR)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_backward_uses_the_routing_of_its_forward(backend: str) -> None:
     bare = Mlp().requires_grad_(False)
     adapters = {n: adapter(bare, PATHS, 3) for n in "ab"}

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import nn_models
 import pytest
 import torch
-from sparse_models import Picture, fine_tuned, materialised, model_of, sparse_adapter
+from sparse_models import Flat, Picture, fine_tuned, materialised, model_of, sparse_adapter
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_fuse as lf
 
-_INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch.jit's, inside inductor
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def prepared(kind: str) -> tuple[nn.Module, nn.Module, Tensor, dict[str, Any]]:
@@ -45,7 +37,7 @@ SELECTIONS = [
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [("tokens", "aot_eager"), ("images", "aot_eager"), pytest.param("tokens", "inductor", marks=_INDUCTOR)],
+    [("tokens", "aot_eager"), ("images", "aot_eager"), pytest.param("tokens", "inductor", marks=nn_models.INDUCTOR)],
 )
 def test_no_recompilation(kind: str, backend: str) -> None:
     """Positions are looked up once for the whole batch in one of the models, and still differ by row."""
@@ -93,14 +85,6 @@ def test_a_backward_is_refused() -> None:
 
 
 def test_positions_in_one_dimension() -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(9, 4)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.words(ids) + self.places(torch.arange(ids.shape[1]))
-
     bare, ids = Flat(), torch.randint(9, (3, 5))
     model = lf.attach(copy.deepcopy(bare), {"t": sparse_adapter(bare, fine_tuned(bare, 0))})
     fast: Any = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -10,7 +10,7 @@ from typing import Any
 import nn_models
 import pytest
 import torch
-from sparse_models import fine_tuned, materialised, mixture, model_of, sparse_adapter
+from sparse_models import Flat, fine_tuned, materialised, mixture, model_of, sparse_adapter
 from torch import Tensor, nn
 
 import lora_fuse as lf
@@ -189,14 +189,6 @@ def test_warmup_runs_sparse_slots(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_positions_that_could_be_samples_are_refused() -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(9, 4)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.words(ids) + self.places(torch.arange(ids.shape[1]))
-
     bare = Flat()
     adapter = sparse_adapter(bare, fine_tuned(bare, 0))
     model, own = lf.attach(copy.deepcopy(bare), {"t": adapter}), materialised(bare, adapter)
