@@ -24,7 +24,7 @@ from lora_fuse import cli
 from lora_fuse._terminal import SizeType, Spec, parse_spec, size_text
 from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.compress import peru_fft
-from lora_fuse.merging.combine import _METHODS
+from lora_fuse.merging.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["inspect", "merge", "fuse", "compress", "peru-fft", "demo", "bench"]
@@ -86,7 +86,7 @@ def test_help_shows_an_example(command: list[str]) -> None:
 def test_every_command_is_there_and_the_version() -> None:
     assert sorted(cli.main.commands) == sorted(COMMANDS)
     assert succeed("--version").stdout == f"lora-fuse, version {lf.__version__}\n"
-    assert set(cli.METHODS) == set(_METHODS)
+    assert set(cli.METHODS) == set(METHODS)
     assert (cli.PERU_MERGES, cli.PERU_SCOPES) == (peru_fft.MERGES, peru_fft.SCOPES)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
-from lora_fuse.merging.combine import from_svd, svd_of
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
+from lora_fuse.merging.linear import from_svd, svd_of
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.terms import (
     LayerTerm,

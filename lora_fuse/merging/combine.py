@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
+from lora_fuse.merging.methods import method_of
+from lora_fuse.merging.options import Options
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.terms import (
     LayerTerm,
@@ -18,9 +20,7 @@ from lora_fuse.merging.terms import (
     Sources,
     Term,
     Weights,
-    check_dtype,
     check_finite,
-    check_truncation,
     combine_base_weights,
     combine_saved,
     layer_terms,
@@ -28,10 +28,6 @@ from lora_fuse.merging.terms import (
     refuse_absolute,
     warn_about_bases,
 )
-from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
-
-# (parts of one layer, rank, energy, dtype) -> the merged layer, without its bias
-_Combine = Callable[[Sequence[LayerTerm], int | None, float | None, torch.dtype], LoraLayer]
 
 
 @torch.no_grad()
@@ -86,12 +82,8 @@ def merge(
     Warns:
         UserWarning: the adapters' configs name different base models.
     """
-    if method not in _METHODS:
-        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
-    check_truncation(rank, energy)
-    check_dtype(dtype)
-    if method == "cat" and (rank is not None or energy is not None):
-        raise ValueError("rank, energy: method 'cat' keeps every direction; use 'svd', or 'linear' with rank or energy")
+    options = Options(rank=rank, energy=energy, dtype=dtype)
+    how = method_of(method, options)
     if method == "uniform" and weights is not None:
         raise ValueError("weights: method 'uniform' weighs every adapter 1 / N; use 'linear' to choose weights")
     terms = make_terms(adapters, weights)
@@ -110,12 +102,14 @@ def merge(
     check_finite(active)
     warn_about_bases(active)
 
-    combine = _METHODS[method]
+    keep = alone and how.keeps_one(options)
+    if how.prepare is not None and not keep:
+        options = how.prepare(grouped, options)
     layers = {}
     for path, parts in track(grouped.items(), f"merge ({method})", progress):
-        layer = _unchanged(parts, rank, energy, dtype) if alone else None
+        layer = _unchanged(parts, options) if keep else None
         if layer is None:
-            layer = replace(combine(parts, rank, energy, dtype), lora_bias=_summed_bias(parts, dtype))
+            layer = replace(how.combine(path, parts, options), lora_bias=_summed_bias(parts, dtype))
         for t in layer.tensors():
             if not all_finite(t):
                 raise ValueError(f"layer {path!r}: the merged factors overflow {dtype}; choose a wider dtype")
@@ -129,59 +123,12 @@ def merge(
     return LoraAdapter(layers, heads, config=config, source=source, base_weights=base_weights)
 
 
-def from_svd(svd: LowRankSVD, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
-    """A layer with scaling 1 whose product is ``U S Vh``, each factor taking ``sqrt(S)``; ``like`` gives the layout."""
-    root = svd.S.sqrt()
-    b, a = svd.U * root, root[:, None] * svd.Vh
-    k = root.shape[0]
-    return LoraLayer(
-        lora_a=a.to(dtype).reshape(k, *like.lora_a.shape[1:]).contiguous(),
-        lora_b=b.to(dtype).reshape(like.lora_b.shape[0], k, *like.lora_b.shape[2:]).contiguous(),
-        scaling=1.0,
-        kind=like.kind,
-    )
-
-
-def svd_of(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LowRankSVD:
-    """Truncated SVD of ``sum coef * lora_b @ lora_a``, as the factors lie (an embedding's is transposed)."""
-    bs, as_ = [p.layer.lora_b.flatten(1) for p in parts], [p.layer.lora_a.flatten(1) for p in parts]
-    if dtype == torch.float64:  # or lowrank_svd would round its result to fp32
-        bs, as_ = [b.to(dtype) for b in bs], [a.to(dtype) for a in as_]
-    return lowrank_svd(bs, as_, [p.coef for p in parts], rank, energy=energy)
-
-
-def _cat(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LoraLayer:
-    b = torch.cat([(p.layer.lora_b.to(torch.float64) * p.coef).to(dtype) for p in parts], dim=1)
-    a = torch.cat([p.layer.lora_a.to(dtype) for p in parts], dim=0)
-    return LoraLayer(a, b, 1.0, parts[0].layer.kind)
-
-
-def _svd(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LoraLayer:
-    if rank is None and energy is None:
-        rank = max(p.layer.rank for p in parts)
-    return from_svd(svd_of(parts, rank, energy, dtype), parts[0].layer, dtype)
-
-
-def _linear(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LoraLayer:
-    layer = parts[0].layer
-    total = sum(p.layer.rank for p in parts)
-    full = min(layer.lora_b.shape[0], layer.lora_a[0].numel())
-    if energy is None and total <= (full if rank is None else rank):
-        return _cat(parts, None, None, dtype)
-    return from_svd(svd_of(parts, rank, energy, dtype), layer, dtype)
-
-
-_METHODS: dict[str, _Combine] = {"linear": _linear, "uniform": _linear, "cat": _cat, "svd": _svd}
-
-
-def _unchanged(
-    parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype
-) -> LoraLayer | None:
+def _unchanged(parts: Sequence[LayerTerm], options: Options) -> LoraLayer | None:
     """The only part's own factors in ``dtype``, if no truncation was asked that would change them."""
     (part,) = parts
-    if energy is not None or (rank is not None and rank < part.layer.rank):
+    if options.energy is not None or (options.rank is not None and options.rank < part.layer.rank):
         return None
-    layer = part.layer
+    layer, dtype = part.layer, options.dtype
     return replace(
         layer,
         lora_a=layer.lora_a.to(dtype),

@@ -276,7 +276,7 @@ GOOD = make_adapter({"lin": 4})
         ([GOOD], {"weights": {"a": 1.0}}, ValueError, "weights: a dict needs the adapters' own names"),
         ({"b": GOOD}, {"weights": {"a": 1.0}}, ValueError, r"got \['a'\] for \['b'\]"),
         ([GOOD], {"weights": [1.0], "method": "uniform"}, ValueError, "weights: method 'uniform'"),
-        ([GOOD], {"rank": 3, "method": "cat"}, ValueError, "method 'cat' keeps every direction"),
+        ([GOOD], {"rank": 3, "method": "cat"}, ValueError, "method 'cat' does not take it"),
         ([GOOD], {"rank": 0}, ValueError, "rank: expected an integer of at least 1"),
         ([GOOD], {"rank": 2.0}, ValueError, "rank: expected an integer of at least 1"),
         ([GOOD], {"energy": -1.0}, ValueError, "energy: expected 0 < energy <= 1"),

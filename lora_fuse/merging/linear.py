@@ -1,0 +1,58 @@
+"""Weighted sums of products: concatenated factors, or a truncated SVD taken from the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_fuse.adapters.lora import LoraLayer
+from lora_fuse.merging.options import Options
+from lora_fuse.merging.terms import LayerTerm
+from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
+
+
+def linear(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
+    """``sum coef * lora_b @ lora_a``: exact where the ranks fit, truncated where ``rank`` or ``energy`` asks."""
+    layer = parts[0].layer
+    total = sum(p.layer.rank for p in parts)
+    full = min(layer.lora_b.shape[0], layer.lora_a[0].numel())
+    if options.energy is None and total <= (full if options.rank is None else options.rank):
+        return cat(path, parts, options)
+    return from_svd(svd_of(parts, options.rank, options.energy, options.dtype), layer, options.dtype)
+
+
+def cat(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
+    """The same sum, by concatenation, whatever rank that gives."""
+    b = torch.cat([(p.layer.lora_b.to(torch.float64) * p.coef).to(options.dtype) for p in parts], dim=1)
+    a = torch.cat([p.layer.lora_a.to(options.dtype) for p in parts], dim=0)
+    return LoraLayer(a, b, 1.0, parts[0].layer.kind)
+
+
+def svd(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
+    """The same sum, truncated to ``rank``, ``energy``, or the largest rank of the parts."""
+    rank = options.rank
+    if rank is None and options.energy is None:
+        rank = max(p.layer.rank for p in parts)
+    return from_svd(svd_of(parts, rank, options.energy, options.dtype), parts[0].layer, options.dtype)
+
+
+def from_svd(svd: LowRankSVD, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    """A layer with scaling 1 whose product is ``U S Vh``, each factor taking ``sqrt(S)``; ``like`` gives the layout."""
+    root = svd.S.sqrt()
+    b, a = svd.U * root, root[:, None] * svd.Vh
+    k = root.shape[0]
+    return LoraLayer(
+        lora_a=a.to(dtype).reshape(k, *like.lora_a.shape[1:]).contiguous(),
+        lora_b=b.to(dtype).reshape(like.lora_b.shape[0], k, *like.lora_b.shape[2:]).contiguous(),
+        scaling=1.0,
+        kind=like.kind,
+    )
+
+
+def svd_of(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LowRankSVD:
+    """Truncated SVD of ``sum coef * lora_b @ lora_a``, as the factors lie (an embedding's is transposed)."""
+    bs, as_ = [p.layer.lora_b.flatten(1) for p in parts], [p.layer.lora_a.flatten(1) for p in parts]
+    if dtype == torch.float64:  # or lowrank_svd would round its result to fp32
+        bs, as_ = [b.to(dtype) for b in bs], [a.to(dtype) for a in as_]
+    return lowrank_svd(bs, as_, [p.coef for p in parts], rank, energy=energy)
