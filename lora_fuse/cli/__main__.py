@@ -1,0 +1,3 @@
+from lora_fuse.cli import main
+
+main()
