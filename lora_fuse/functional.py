@@ -13,14 +13,22 @@ from lora_fuse._cpu import sparse_delta_linear_eager as _sparse_delta_linear_eag
 from lora_fuse.ops import multi_lora as _op
 from lora_fuse.ops import sparse_delta as _sparse_op
 from lora_fuse.ops.eager import autocasts, under_transform
-from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
+from lora_fuse.ops.lowrank_svd import lowrank_svd
+from lora_fuse.ops.operands import Difference, Operator, Sum, SumOfProducts
+from lora_fuse.ops.randomized_svd import randomized_svd
+from lora_fuse.ops.svd import LowRankSVD
 from lora_fuse.ops.topk import magnitude_prune, sparsify, topk_mask
 
 __all__ = [
+    "Difference",
     "LowRankSVD",
+    "Operator",
+    "Sum",
+    "SumOfProducts",
     "lowrank_svd",
     "magnitude_prune",
     "multi_lora",
+    "randomized_svd",
     "sparse_delta_linear",
     "sparsify",
     "topk_mask",

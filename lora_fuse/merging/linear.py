@@ -9,7 +9,8 @@ import torch
 from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.merging.options import Options
 from lora_fuse.merging.terms import LayerTerm
-from lora_fuse.ops.lowrank_svd import LowRankSVD, lowrank_svd
+from lora_fuse.ops.lowrank_svd import lowrank_svd
+from lora_fuse.ops.svd import LowRankSVD
 
 
 def linear(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:

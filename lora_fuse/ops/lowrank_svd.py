@@ -14,37 +14,11 @@ of the largest. Q is never formed: ``ormqr`` applies its reflectors to the k col
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class _Triple(NamedTuple):
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-
-
-class LowRankSVD(_Triple):
-    """``(U, S, Vh)``, which unpacks as three, with what the truncation dropped beside it.
-
-    Attributes:
-        U: ``[..., m, k]``, orthonormal columns.
-        S: ``[..., k]``, descending.
-        Vh: ``[..., k, n]``, orthonormal rows.
-        residual: ``[...]``, fp64: Frobenius norm of what was cut off, ``sqrt(sum_{i>k} s_i^2)``.
-        norm: ``[...]``, fp64: Frobenius norm of the whole sum.
-    """
-
-    residual: Tensor
-    norm: Tensor
-
-    @property
-    def energy(self) -> Tensor:
-        """``[...]``, fp64: share of the squared Frobenius norm that was kept (1 for a sum that is zero)."""
-        total = self.norm.square()
-        return 1.0 - self.residual.square() / torch.where(total > 0, total, 1.0)
+from lora_fuse.ops.svd import LowRankSVD, check_rank, directions_for, make_svd, robust_svd
 
 
 @torch.no_grad()
@@ -79,7 +53,7 @@ def lowrank_svd(
 
     Source: low-rank recompression, Bebendorf, Hierarchical Matrices (2008), section 1.1.4; Eckart-Young.
     """
-    coefs = _checked(lora_bs, lora_as, weights, rank, energy)
+    coefs = check_products(lora_bs, lora_as, weights, rank, energy)
     m, n = lora_bs[0].shape[-2], lora_as[0].shape[-1]
     total = sum(b.shape[-1] for b in lora_bs)
     batch, device = lora_bs[0].shape[:-2], lora_bs[0].device
@@ -100,23 +74,19 @@ def lowrank_svd(
     core = left_core @ right_core.mT  # [..., min(m, R), min(n, R)]
     if not bool(torch.isfinite(core).all()):
         raise ValueError(_name_non_finite(lora_bs, lora_as))
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    u, s, vh = robust_svd(core, "lora_bs, lora_as: their core")
 
     k = s.shape[-1] if rank is None else min(rank, s.shape[-1])
     if energy is not None:
         # What rounding can leave where the terms cancel: eps times the sum of the terms' own norms.
         scale = torch.linalg.vector_norm(left_core, dim=0) @ torch.linalg.vector_norm(right_core, dim=0)
-        k = _directions_for(s, energy, noise=10 * torch.finfo(s.dtype).eps * scale)
+        noise = float(10 * torch.finfo(s.dtype).eps * scale)
+        k = directions_for(s.square(), energy, noise**2)
     norm, residual = torch.linalg.vector_norm(s, dim=-1), torch.linalg.vector_norm(s[..., k:], dim=-1)
     u = _apply_q(left_qr, u[..., :k], m)  # [..., m, k]
     v = _apply_q(right_qr, vh[..., :k, :].mT, n)  # [..., n, k]
-    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
-
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*lora_bs, *lora_as)) else torch.float32
-    result = LowRankSVD((u * sign).to(dtype), s[..., :k].to(dtype), (v * sign).mT.to(dtype).contiguous())
-    result.residual, result.norm = residual, norm
-    return result
+    return make_svd(u, s[..., :k], v, residual, norm, dtype)
 
 
 def _reduce(x: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
@@ -137,13 +107,7 @@ def _apply_q(reflectors: tuple[Tensor, Tensor] | None, x: Tensor, rows: int) -> 
     return torch.ormqr(*reflectors, padded)
 
 
-def _directions_for(s: Tensor, energy: float, noise: Tensor) -> int:
-    """Fewest leading values of ``s`` whose squares add up to ``energy`` of all; a tail below ``noise`` counts as 0."""
-    tail = s.square().flip(0).cumsum(0).flip(0)  # tail[i] = sum of squares from i on, smallest first
-    return max(1, int((tail > (1.0 - energy) * tail[:1] + noise.square()).sum()))
-
-
-def _checked(
+def check_products(
     lora_bs: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     weights: Sequence[float] | Tensor | None,
@@ -175,15 +139,9 @@ def _checked(
                 f"lora_bs[{i}], lora_as[{i}]: shapes {tuple(b.shape)} and {tuple(a.shape)} do not give the same "
                 f"product shape as lora_bs[0], lora_as[0]: {tuple(b0.shape)} and {tuple(a0.shape)}"
             )
-    if rank is not None and energy is not None:
-        raise ValueError(f"rank, energy: give one of the two, got rank={rank} and energy={energy}")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
-    if energy is not None:
-        if not 0.0 < energy <= 1.0:
-            raise ValueError(f"energy: expected 0 < energy <= 1, got {energy}")
-        if b0.ndim > 2:
-            raise ValueError(f"energy: needs unbatched factors, got lora_bs[0] of shape {tuple(b0.shape)}")
+    check_rank(rank, energy)
+    if energy is not None and b0.ndim > 2:
+        raise ValueError(f"energy: needs unbatched factors, got lora_bs[0] of shape {tuple(b0.shape)}")
     return coefs
 
 

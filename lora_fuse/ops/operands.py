@@ -1,0 +1,327 @@
+"""Matrices that ``randomized_svd`` reads without their being formed: differences, sums of products, sparse ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lora_fuse.ops.lowrank_svd import check_products
+from lora_fuse.sparse import SparseMatrix
+
+_TILE = 1 << 22  # entries of a tile: 16 MB in fp32, where a product of its own is as fast as the whole one's share
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """What a caller's own matrix needs: its products with thin ones, of the dtype and on the device of ``q``.
+
+    It may have ``dtype`` (fp32 if not), ``device`` (the CPU), and ``squared_norm()``, its squared Frobenius norm.
+    """
+
+    shape: torch.Size | tuple[int, ...]  # [..., m, n]
+
+    def matmul(self, q: Tensor) -> Tensor:
+        """``X @ q``: ``[..., n, l] -> [..., m, l]``."""
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        """``X^T @ q``: ``[..., m, l] -> [..., n, l]``."""
+
+
+class Operand(ABC):
+    """A matrix ``[..., m, n]`` that can be multiplied with thin ones, and formed a few rows at a time.
+
+    As written here it is formed by tiles of rows, anew for each product; what fits one tile is kept.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype  # in which it is computed: fp32, or fp64 if something in it is
+    device: torch.device
+    _kept: Tensor | None = None
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """``X[..., start:stop, :]`` in ``dtype``; may be the caller's own memory."""
+
+    @abstractmethod
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """What it is made of, by the names that errors use."""
+
+    def matmul(self, q: Tensor) -> Tensor:
+        """``X @ q``, ``[..., n, l] -> [..., m, l]``, in the dtype of ``q``."""
+        whole = self._whole(q.dtype)
+        if whole is not None:
+            return whole @ q
+        out = q.new_empty(*self.shape[:-1], q.shape[-1])
+        for tile in self.tiles():
+            out[..., tile, :] = self.rows(tile.start, tile.stop, q.dtype) @ q
+        return out
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        """``X^T @ q``, ``[..., m, l] -> [..., n, l]``, in the dtype of ``q``."""
+        whole = self._whole(q.dtype)
+        if whole is not None:
+            return whole.mT @ q
+        out = q.new_zeros(*self.shape[:-2], self.shape[-1], q.shape[-1])
+        for tile in self.tiles():
+            out += self.rows(tile.start, tile.stop, q.dtype).mT @ q[..., tile, :]
+        return out
+
+    def tiles(self) -> Iterator[slice]:
+        """Slices of rows whose tiles stay small."""
+        step = max(1, _TILE // max(1, self.shape[:-2].numel() * self.shape[-1]))
+        return (slice(i, min(i + step, self.shape[-2])) for i in range(0, self.shape[-2], step))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """All of it."""
+        return self.rows(0, self.shape[-2], dtype)
+
+    def _whole(self, dtype: torch.dtype) -> Tensor | None:
+        if self.shape.numel() > _TILE:
+            return None
+        if self._kept is None or self._kept.dtype != dtype:
+            self._kept = self.dense(dtype)
+        return self._kept
+
+
+class Dense(Operand):
+    """``sum_i weights[i] * terms[i]`` of tensors of one shape, in fp32 or better."""
+
+    def __init__(self, terms: Sequence[Tensor], weights: Sequence[float]) -> None:
+        self.terms, self.weights = list(terms), list(weights)
+        self.shape, self.device = terms[0].shape, terms[0].device
+        wide = any(t.dtype == torch.float64 for t in terms)
+        self.dtype = torch.float64 if wide else torch.float32
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        total = self.terms[0][..., start:stop, :].to(dtype)
+        if self.weights[0] != 1.0:
+            total = total * self.weights[0]
+        for term, weight in zip(self.terms[1:], self.weights[1:], strict=True):
+            total = torch.add(total, term[..., start:stop, :].to(dtype), alpha=weight)
+        return total
+
+    def _whole(self, dtype: torch.dtype) -> Tensor | None:
+        only = self.terms[0]
+        if len(self.terms) == 1 and only.dtype == dtype and self.weights[0] == 1.0:
+            return only
+        return super()._whole(dtype)
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        for i, term in enumerate(self.terms):
+            yield (name if len(self.terms) == 1 else f"{name}: term {i}"), term
+
+
+class Difference(Dense):
+    """``a - b``, such as a fine-tuned weight and its base, formed by tiles in fp32 (fp64 if one of them is).
+
+    Args:
+        a: ``[..., m, n]``, any floating dtype.
+        b: the same shape, on the same device; its dtype may differ.
+    Raises:
+        ValueError: shapes or devices disagree, or one is not a floating-point matrix.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        _check_matrix(a, "a")
+        _check_matrix(b, "b")
+        if a.shape != b.shape or a.device != b.device:
+            raise ValueError(
+                f"a, b: expected one shape and device, got {tuple(a.shape)} on {a.device} and {tuple(b.shape)} on "
+                f"{b.device}"
+            )
+        super().__init__([a.detach(), b.detach()], [1.0, -1.0])
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        yield f"{name}: a", self.terms[0]
+        yield f"{name}: b", self.terms[1]
+
+
+class SumOfProducts(Operand):
+    """``sum_i weights[i] * lora_bs[i] @ lora_as[i]``, never formed; arguments and errors as ``lowrank_svd``."""
+
+    def __init__(
+        self,
+        lora_bs: Sequence[Tensor],
+        lora_as: Sequence[Tensor],
+        weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        coefs = check_products(lora_bs, lora_as, weights, None, None)
+        self.lora_bs, self.lora_as, self.weights = list(lora_bs), list(lora_as), coefs
+        wide = any(t.dtype == torch.float64 for t in (*lora_bs, *lora_as))
+        self.dtype = torch.float64 if wide else torch.float32
+        self.device = lora_bs[0].device
+        self.shape = torch.Size((*lora_bs[0].shape[:-1], lora_as[0].shape[-1]))
+        self._stacked: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks."""
+        return sum(b.shape[-1] for b in self.lora_bs)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``[..., m, R]`` with the weights in it, and ``[..., R, n]``."""
+        if self._stacked is None or self._stacked[0].dtype != dtype:
+            b = torch.cat([b.detach().to(dtype) * w for b, w in zip(self.lora_bs, self.weights, strict=True)], dim=-1)
+            self._stacked = b, torch.cat([a.detach().to(dtype) for a in self.lora_as], dim=-2)
+        return self._stacked
+
+    def matmul(self, q: Tensor) -> Tensor:
+        b, a = self.factors(q.dtype)
+        return b @ (a @ q)
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        b, a = self.factors(q.dtype)
+        return a.mT @ (b.mT @ q)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        b, a = self.factors(dtype)
+        return b[..., start:stop, :] @ a
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        for i, (b, a) in enumerate(zip(self.lora_bs, self.lora_as, strict=True)):
+            yield f"{name}: lora_bs[{i}]", b
+            yield f"{name}: lora_as[{i}]", a
+
+
+class Sparse(Operand):
+    """A ``SparseMatrix``."""
+
+    def __init__(self, matrix: SparseMatrix) -> None:
+        self.matrix = matrix
+        self.dtype = torch.float64 if matrix.values.dtype == torch.float64 else torch.float32
+        self.shape, self.device = torch.Size(matrix.shape), matrix.values.device
+        self._at = matrix.flat_index()
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        here = slice(int(self.matrix.row_starts[start]), int(self.matrix.row_starts[stop]))
+        cols = self.shape[1]
+        out = torch.zeros((stop - start) * cols, dtype=dtype, device=self.device)
+        out[self._at[here] - start * cols] = self.matrix.values[here].to(dtype)
+        return out.view(stop - start, cols)
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        yield f"{name}: values", self.matrix.values
+
+
+class Sum(Operand):
+    """``sum_i weights[i] * terms[i]`` of tensors, ``SparseMatrix``, ``Difference``, ``SumOfProducts`` and other sums.
+
+    Args:
+        terms: at least one, all of one shape ``[..., m, n]`` and on one device.
+        weights: a finite number per term; all 1 if None.
+    Raises:
+        TypeError: a term is none of these.
+        ValueError: shapes or devices disagree, or the weights do not fit.
+    """
+
+    def __init__(self, terms: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+        coefs = [1.0] * len(terms) if weights is None else [float(w) for w in weights]
+        if not terms or len(coefs) != len(terms):
+            raise ValueError(f"terms, weights: expected one weight per term, got {len(terms)} and {len(coefs)}")
+        if not all(abs(w) < float("inf") for w in coefs):
+            raise ValueError(f"weights: expected finite numbers, got {coefs}")
+        self.terms = [as_operand(term, f"terms[{i}]") for i, term in enumerate(terms)]
+        self.weights = coefs
+        first = self.terms[0]
+        for i, term in enumerate(self.terms):
+            if term.shape != first.shape or term.device != first.device:
+                raise ValueError(
+                    f"terms[{i}]: {tuple(term.shape)} on {term.device}, but terms[0] is {tuple(first.shape)} on "
+                    f"{first.device}"
+                )
+        self.shape, self.device = first.shape, first.device
+        wide = any(term.dtype == torch.float64 for term in self.terms)
+        self.dtype = torch.float64 if wide else torch.float32
+
+    def _added(self, parts: Iterator[Tensor]) -> Tensor:
+        total = next(parts) * self.weights[0]
+        for part, weight in zip(parts, self.weights[1:], strict=True):
+            total.add_(part, alpha=weight)
+        return total
+
+    def matmul(self, q: Tensor) -> Tensor:
+        return self._added(term.matmul(q) for term in self.terms)
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        return self._added(term.rmatmul(q) for term in self.terms)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self._added(term.rows(start, stop, dtype) for term in self.terms)
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        for i, term in enumerate(self.terms):
+            yield from term.tensors(f"{name}: terms[{i}]")
+
+
+class Custom(Operand):
+    """A caller's own ``Operator``; it is formed only where the SVD is exact, from its product with the identity."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.operator = operator
+        self.shape = torch.Size(operator.shape)
+        if len(self.shape) < 2:
+            raise ValueError(f"x: expected an operator of shape [..., m, n], got {tuple(self.shape)}")
+        self.dtype = torch.float64 if getattr(operator, "dtype", None) == torch.float64 else torch.float32
+        self.device = torch.device(getattr(operator, "device", "cpu"))
+
+    def matmul(self, q: Tensor) -> Tensor:
+        return self._checked("matmul", self.operator.matmul(q), q, self.shape[-2])
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        return self._checked("rmatmul", self.operator.rmatmul(q), q, self.shape[-1])
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        some = torch.zeros(*self.shape[:-1], stop - start, dtype=dtype, device=self.device)
+        some[..., start:stop, :] = torch.eye(stop - start, dtype=dtype, device=self.device)
+        return self.rmatmul(some).mT
+
+    def squared_norm(self) -> Tensor | None:
+        """``[...]``, fp64, if the operator knows it."""
+        own = getattr(self.operator, "squared_norm", None)
+        return None if own is None else torch.as_tensor(own(), dtype=torch.float64, device=self.device)
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def _checked(self, what: str, got: Tensor, q: Tensor, size: int) -> Tensor:
+        want = (*self.shape[:-2], size, q.shape[-1])
+        if not isinstance(got, Tensor) or tuple(got.shape) != want or got.dtype != q.dtype:
+            shown = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+            raise ValueError(f"x.{what}: expected {q.dtype} {want}, got {shown}")
+        return got
+
+
+Matrix: TypeAlias = Tensor | SparseMatrix | Operand | Operator
+
+
+def as_operand(x: Any, name: str) -> Operand:
+    """``x`` as an ``Operand``; TypeError or ValueError if it is no matrix, or has none of its data here."""
+    if isinstance(x, Operand):
+        return x
+    if isinstance(x, SparseMatrix):
+        return Sparse(x)
+    if isinstance(x, Tensor):
+        _check_matrix(x, name)
+        return Dense([x.detach()], [1.0])
+    if isinstance(x, Operator):
+        return Custom(x)
+    raise TypeError(
+        f"{name}: expected a tensor, a SparseMatrix, a Difference, SumOfProducts or Sum, or an object with shape, "
+        f"matmul and rmatmul, got {type(x).__name__}"
+    )
+
+
+def _check_matrix(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.ndim < 2 or not x.is_floating_point() or x.layout is not torch.strided:
+        raise ValueError(
+            f"{name}: expected a dense floating-point tensor [..., m, n], got {x.dtype} of shape {tuple(x.shape)} "
+            f"with layout {x.layout}"
+        )
+    if x.is_meta:
+        raise ValueError(f"{name}: is on the meta device, it has no data")
