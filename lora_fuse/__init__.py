@@ -4,12 +4,15 @@ import sys
 from types import ModuleType
 
 from lora_fuse import functional
+from lora_fuse.adapters.joint_adapter import JointAdapter
 from lora_fuse.adapters.load import load_adapter
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.adapters.sparse_pool import SparsePool
+from lora_fuse.compress.joint import JointBank, joint_compress
+from lora_fuse.compress.joint_files import load_joint
 from lora_fuse.compress.peru_fft import Peru, peru_fft
 from lora_fuse.compress.peru_files import load_peru
 from lora_fuse.compress.peru_lora import peru_lora
@@ -23,6 +26,8 @@ from lora_fuse.sparse import SparseMatrix
 
 __all__ = [
     "AdapterPool",
+    "JointAdapter",
+    "JointBank",
     "LoraAdapter",
     "LoraLayer",
     "Peru",
@@ -38,7 +43,9 @@ __all__ = [
     "functional",
     "fuse",
     "head_sizes",
+    "joint_compress",
     "load_adapter",
+    "load_joint",
     "load_peru",
     "merge",
     "peru_fft",
