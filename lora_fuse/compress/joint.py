@@ -139,7 +139,7 @@ def joint_compress(
     """Compress many adapters together: ``scaling_i B_i A_i ~ U core_i V^T`` in every layer, U and V shared.
 
     A core has ``rank * rank`` numbers (``rank`` in the diagonal form), the bases are paid for once, so it pays from
-    some tens of adapters on. The error that is minimised is that of the products scaled to norm 1, so each counts alike.
+    some tens of adapters on. The error that is minimised is that of the products scaled to norm 1: each counts alike.
     Alternating least squares on the factors; nothing of a weight's shape is formed.
 
     Args:

@@ -122,9 +122,9 @@ def fit_full(products: Products, rank: int, seed: int, sweeps: int = 200, tolera
     width_u, width_v = (min(rank + _OVERSAMPLE, size) for size in (products.b.shape[1], products.a.shape[2]))
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(products.a.shape[2], width_v, generator=generator)
-    weights = torch.linalg.vector_norm(products.b, dim=1)  # [N, p]: a start near the right singular space of all
-    stacked = (weights[:, :, None] * products.a).flatten(0, 1)
-    for _ in range(3):
+    # A start: the right singular space of all products stacked, whose Gram matrix is sum A_i^T (B_i^T B_i) A_i.
+    stacked = (torch.linalg.qr(products.b).R @ products.a).flatten(0, 1)
+    for _ in range(8):
         v = torch.linalg.qr(stacked.mT @ (stacked @ v)).Q
     u = torch.randn(products.b.shape[1], width_u, generator=generator)
     b_of, a_of = (lambda q: products.b.mT @ q), (lambda q: products.a @ q)
