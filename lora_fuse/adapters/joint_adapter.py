@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraLayer, _size
+from lora_fuse.adapters.sparse_adapter import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,11 @@ class JointBasis:
     @property
     def nbytes(self) -> int:
         return self.u.nbytes + self.v.nbytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal bases: tells the banks apart."""
+        return f"{fingerprint(self.u)}-{fingerprint(self.v)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lora_fuse.adapters.joint_adapter import JointAdapter
 from lora_fuse.adapters.load import load_adapter
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.adapters.pool import AdapterPool
@@ -18,28 +19,27 @@ from lora_fuse.adapters.sparse_files import load_sparse_adapter, sparse_folder
 from lora_fuse.nn import bypass, generate, heads
 from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
 from lora_fuse.nn.linear import AdaptedModule, original_class
-from lora_fuse.nn.plan import Plan, plan
+from lora_fuse.nn.plan import Adapter, Plan, plan
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.sparse_plan import make_slots
 from lora_fuse.nn.sparse_site import SiteSlots, SparseSite, sparse_class
 from lora_fuse.nn.switch import refuse_while_switched, undo_switch
 
 _WAIT_SECONDS = 5.0
-_Adapter: TypeAlias = LoraAdapter | SparseAdapter
 
 
-def _load(adapters: Mapping[str, Any]) -> dict[str, _Adapter]:
+def _load(adapters: Mapping[str, Any]) -> dict[str, Adapter]:
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters: expected a mapping of names to adapters, got {type(adapters).__name__}")
     loaded = {}
     for name, source in adapters.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"adapters: names are non-empty strings, got {name!r}")
-        loaded[name] = source if isinstance(source, (LoraAdapter, SparseAdapter)) else _open(source)
+        loaded[name] = source if isinstance(source, (LoraAdapter, SparseAdapter, JointAdapter)) else _open(source)
     return loaded
 
 
-def _open(source: Any) -> _Adapter:
+def _open(source: Any) -> Adapter:
     folder = sparse_folder(source) if isinstance(source, (str, os.PathLike)) else None
     return load_adapter(source) if folder is None else load_sparse_adapter(folder)
 
@@ -60,6 +60,8 @@ def attach(
     lm_head) is adapted alone, since the weight is not touched. Factors are stored in the dtype of the weight they
     belong to.
 
+    ``JointAdapter``s of one bank (``joint_compress``) share their bases in every layer, which are stored once.
+
     A ``SparseAdapter`` is relative to merged weights, which the model has to hold; it takes a slot like any other. Its
     rows get what the whole fine-tune would make of them: weights and biases of Linear, Conv1D, Conv2d and Embedding,
     LayerNorm and RMSNorm, and heads. A weighted mix adds the weighted differences of all parameters.
@@ -70,8 +72,8 @@ def attach(
 
     Args:
         model: the outermost module, the one whose forward is called. Selections belong to it.
-        adapters: name -> ``LoraAdapter``, ``SparseAdapter``, whatever ``load_adapter`` takes, or the folder of a sparse
-            adapter (one task's in a saved PERU). May be empty.
+        adapters: name -> ``LoraAdapter``, ``SparseAdapter``, ``JointAdapter``, whatever ``load_adapter`` takes, or the
+            folder of a sparse adapter (one task's in a saved PERU). May be empty.
         num_slots: how many adapters may be attached at once; default ``max(8, number given)``.
         max_rank: largest rank that will fit; default the largest present.
         batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``. A layer whose input has another
@@ -100,7 +102,7 @@ def attach(
     if len(loaded) > num_slots:
         raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
     serving = Serving(num_slots, max_rank, batch_dim)
-    factors = (t.dtype for a in loaded.values() if isinstance(a, LoraAdapter) for t in a.tensors())
+    factors = (t.dtype for a in loaded.values() if not isinstance(a, SparseAdapter) for t in a.tensors())
     dtype = next(factors, torch.float32)
     attachment = Attachment(serving, dtype)
     with torch.inference_mode(False), torch.no_grad():
@@ -154,13 +156,13 @@ def _fill(planned: Plan, name: str, made: _Made, attachment: Attachment, slot: i
     for path, site in ({path: m.lora_heads for path, m in attachment.heads.items()} | made.copies).items():
         site.put(slot, fitted.heads.get(path), modules[path])
     for path, slots in ({path: m.lora_sparse for path, m in attachment.sparse.items()} | made.sparse).items():
-        slots.put(slot, fitted.sparse.get(path))
+        slots.put(slot, fitted.sites.get(path))
 
 
-def _describe(adapter: _Adapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
+def _describe(adapter: Adapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
     fitted = planned.adapters[name]
-    rank, density = (adapter.rank, None) if isinstance(adapter, LoraAdapter) else (0, adapter.density)
-    layers = (*fitted.layers, *fitted.sparse)
+    rank, density = (0, adapter.density) if isinstance(adapter, SparseAdapter) else (adapter.rank, None)
+    layers = (*fitted.layers, *fitted.sites)
     return AttachedAdapter(slot, rank, adapter.nbytes, layers, tuple(fitted.heads), adapter.source, density)
 
 
@@ -287,7 +289,7 @@ def swap_adapter(model: nn.Module, name: str, adapter: Any, *, timeout: float = 
         _put(model, attachment, name, loaded, timeout)
 
 
-def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[str, _Adapter], timeout: float) -> None:
+def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[str, Adapter], timeout: float) -> None:
     serving = attachment.serving
     model = unwrap(model)
     with torch.inference_mode(False), torch.no_grad():

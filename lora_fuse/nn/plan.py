@@ -6,17 +6,22 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lora_fuse.adapters._finite import all_finite
+from lora_fuse.adapters.joint_adapter import JointAdapter
 from lora_fuse.adapters.lora import LayerKind, LoraAdapter, LoraLayer
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
-from lora_fuse.nn import heads, sparse_plan
+from lora_fuse.nn import heads, joint_plan, sparse_plan
+from lora_fuse.nn.joint_site import JointOwn, JointSlots
 from lora_fuse.nn.sparse_site import Own, SiteSlots
 from lora_fuse.nn.targets import Fit, Target, pool_dtype, target_of
 
+Adapter: TypeAlias = LoraAdapter | SparseAdapter | JointAdapter
 _LISTED = 10
 _OURS = re.compile(r"(^|\.)lora_(pool|heads|sparse)(\.|$)")  # modules that attach put there
 
@@ -27,7 +32,7 @@ class Fitted:
 
     layers: dict[str, LoraLayer] = field(default_factory=dict)
     heads: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    sparse: dict[str, Own] = field(default_factory=dict)
+    sites: dict[str, Own | JointOwn] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    adapters: Mapping[str, LoraAdapter | SparseAdapter],
+    adapters: Mapping[str, Adapter],
     layers: Mapping[str, nn.Module],
     sparse: Mapping[str, nn.Module],
     head_widths: Mapping[str, Mapping[str, int]],
@@ -68,6 +73,16 @@ def plan(
         if isinstance(adapter, SparseAdapter):
             places = places or sparse_plan.Places(modules, canonical, lambda path: _OURS.search(path) is not None)
             _fit_sparse(name, adapter, places, sparse, head_widths, result)
+            continue
+        if isinstance(adapter, JointAdapter):
+            planned = {other: done.sites for other, done in result.adapters.items()}
+            missing = partial(_no_such_module, model, modules=modules)
+            sites, offenders = joint_plan.fit(adapter, modules, canonical, sparse, planned, missing)
+            fitted = Fitted(sites=dict(sites))
+            result.new_sparse.update({path: (modules[path], JointSlots) for path in sites if path not in sparse})
+            offenders += _fit_heads(model, adapter, modules, canonical, head_widths, fitted, result)
+            _refuse_offenders(name, adapter, offenders, f"{len(adapter.cores) + len(adapter.modules_to_save)} modules")
+            result.adapters[name] = fitted
             continue
         _refuse_unservable(name, adapter)
         fitted, offenders = Fitted(), []
@@ -98,25 +113,40 @@ def plan(
                 raise ValueError(f"adapter {name!r}: {path} has rank {layer.rank}, which exceeds max_rank {max_rank}")
             _refuse_overflow(name, path, layer, modules[path])
             fitted.layers[home] = layer
-        for path, tensors in adapter.modules_to_save.items():
-            module = modules.get(path)
-            if module is None:
-                offenders.append(f"{path}: {_no_such_module(model, path, modules)}")
-                continue
-            home = canonical[id(module)]
-            why = heads.misfit(module, tensors)
-            if why is not None:
-                offenders.append(f"{path}: {why}")
-                continue
-            fitted.heads[home] = tensors
-            if home not in head_widths and home not in result.new_heads:
-                result.new_heads[home] = (module, heads.head_class(module))
+        offenders += _fit_heads(model, adapter, modules, canonical, head_widths, fitted, result)
         _refuse_offenders(name, adapter, offenders, f"{len(adapter.layers) + len(adapter.modules_to_save)} modules")
         result.adapters[name] = fitted
     changed = dict.fromkeys((*sparse, *result.new_sparse), "values of its own")
     _refuse_overlaps({**changed, **dict.fromkeys(fits, "LoRA factors")}, [*head_widths, *result.new_heads])
     heads.refuse_mixed_kinds(result.adapters, modules, head_widths)
     return result
+
+
+_JOINT = "has slots for joint adapters; a layer takes those or fine-tunes as sparse adapters, not both"
+
+
+def _fit_heads(
+    model: nn.Module,
+    adapter: LoraAdapter | JointAdapter,
+    modules: Mapping[str, nn.Module],
+    canonical: Mapping[int, str],
+    head_widths: Mapping[str, Mapping[str, int]],
+    fitted: Fitted,
+    result: Plan,
+) -> list[str]:
+    """Put an adapter's module copies into ``fitted``; what cannot be served, with the reason."""
+    offenders = []
+    for path, tensors in adapter.modules_to_save.items():
+        module = modules.get(path)
+        why = _no_such_module(model, path, modules) if module is None else heads.misfit(module, tensors)
+        if module is None or why is not None:
+            offenders.append(f"{path}: {why}")
+            continue
+        home = canonical[id(module)]
+        fitted.heads[home] = tensors
+        if home not in head_widths and home not in result.new_heads:
+            result.new_heads[home] = (module, heads.head_class(module))
+    return offenders
 
 
 def _fit_sparse(
@@ -128,6 +158,9 @@ def _fit_sparse(
     result: Plan,
 ) -> None:
     fitted, offenders = sparse_plan.fit(name, adapter, places)
+    taken = {path for path, module in sparse.items() if isinstance(module.lora_sparse, JointSlots)}
+    taken |= {path for done in result.adapters.values() for path, o in done.sites.items() if isinstance(o, JointOwn)}
+    offenders += [f"{path}: {_JOINT}" for path in fitted.sites if path in taken]
     total = len({*adapter.matrices, *adapter.dense, *adapter.heads})
     _refuse_offenders(name, adapter, offenders, f"{total} parameters")
     for path, own in fitted.sites.items():
@@ -139,10 +172,10 @@ def _fit_sparse(
         if path not in head_widths and path not in result.new_heads:
             module = places.modules[path]
             result.new_heads[path] = (module, heads.head_class(module))
-    result.adapters[name] = Fitted({}, fitted.heads, fitted.sites)
+    result.adapters[name] = Fitted({}, fitted.heads, dict(fitted.sites))
 
 
-def _refuse_offenders(name: str, adapter: LoraAdapter | SparseAdapter, offenders: list[str], total: str) -> None:
+def _refuse_offenders(name: str, adapter: Adapter, offenders: list[str], total: str) -> None:
     if offenders:
         shown = "\n  ".join(offenders[:_LISTED])
         more = f"\n  and {len(offenders) - _LISTED} more" if len(offenders) > _LISTED else ""
@@ -154,7 +187,9 @@ def _refuse_offenders(name: str, adapter: LoraAdapter | SparseAdapter, offenders
 
 def _refuse_unservable(name: str, adapter: LoraAdapter) -> None:
     if not isinstance(adapter, LoraAdapter):
-        raise TypeError(f"adapter {name!r}: expected a LoraAdapter or a SparseAdapter, got {type(adapter).__name__}")
+        raise TypeError(
+            f"adapter {name!r}: expected a LoraAdapter, a SparseAdapter or a JointAdapter, got {type(adapter).__name__}"
+        )
     dora = [path for path, layer in adapter.layers.items() if layer.magnitude is not None]
     if dora:
         raise ValueError(

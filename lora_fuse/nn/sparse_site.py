@@ -121,8 +121,8 @@ class SiteSlots(nn.Module):
         super().__setstate__(state)
         self._register()
 
-    def put(self, slot: int, own: Own | None) -> None:
-        """Fill a slot, or empty it. Nothing that another slot holds is touched."""
+    def put(self, slot: int, own: Any) -> None:
+        """Fill a slot (``own`` is what this kind of slots takes), or empty it. No other slot's content is touched."""
         self.__dict__["filled"] = self.filled - {slot}
         if own is None:
             self._clear(slot)
@@ -140,7 +140,7 @@ class SiteSlots(nn.Module):
         filled = self.filled
         return any(lease.index in filled for lease in snapshot.leases)
 
-    def _write(self, slot: int, own: Own) -> None:
+    def _write(self, slot: int, own: Any) -> None:
         raise NotImplementedError
 
     def _clear(self, slot: int) -> None:

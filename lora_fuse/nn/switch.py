@@ -65,8 +65,8 @@ def _refuse(attachment: Attachment, name: str) -> None:
     serving.published.lease(name, "name")
     if name not in attachment.tasks:
         raise ValueError(
-            f"name: {name!r} is a LoraAdapter; switch_task takes {sorted(attachment.tasks)} (sparse adapters), "
-            "lora_fuse.fuse merges a LoraAdapter into the weights"
+            f"name: {name!r} is no sparse adapter; switch_task takes {sorted(attachment.tasks)}, lora_fuse.fuse "
+            "merges a LoraAdapter into the weights"
         )
     if not selects_base(serving.default.selection):
         raise ValueError("model: its default selection has adapters for rows; call set_adapters(model, None) first")

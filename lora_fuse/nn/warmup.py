@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora, sparse_delta_linear
 from lora_fuse.nn.attachment import Attachment, attachment_of
+from lora_fuse.nn.joint_site import JointSlots
 from lora_fuse.nn.sparse_site import LinearSlots
 
 
 @torch.no_grad()
 def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
-    """Run every distinct kind of attached layer's adapter part once, on zeros: LoRA factors and sparse deltas.
+    """Run every distinct kind of attached layer's adapter part once, on zeros: LoRA factors, joint bases
+    and cores, sparse deltas.
 
     On a CPU this loads the native library, settles the instruction set and starts the thread pool; the kernels
     themselves were compiled when the package was built. On a device whose kernels are compiled at run time it compiles
@@ -27,7 +29,7 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
         model: an attached model.
         num_tokens: batch sizes, in rows, to run.
     Returns:
-        How many distinct (LoRA or sparse, sizes, dtype, device) were run.
+        How many distinct (LoRA, joint or sparse, sizes, dtype, device) were run.
     Raises:
         ValueError: the model is not attached, or ``num_tokens`` holds something other than integers from 0.
     """
@@ -54,6 +56,9 @@ def _parts(attachment: Attachment) -> Iterator[tuple[Callable[..., Tensor], Any,
         yield multi_lora, pool, list(range(pool.num_slots)), sizes, pool.pool_a
     for site in attachment.sparse.values():
         slots = site.lora_sparse
+        if isinstance(slots, JointSlots):
+            for pool in slots.pools:
+                yield multi_lora, pool, list(range(pool.num_slots)), (pool.in_features, pool.out_features), pool.pool_a
         if isinstance(slots, LinearSlots) and slots.filled:
             sparse = slots.pool
             sizes = sparse.in_features, sparse.out_features

@@ -114,7 +114,7 @@ def test_bad_names_and_selections_that_stand() -> None:
     model, bare, _, _ = prepared()
     with pytest.raises(ValueError, match="no adapter 'mnli'"):
         lf.switch_task(model, "mnli")
-    with pytest.raises(ValueError, match="'lora' is a LoraAdapter; switch_task takes \\['t0', 't1'\\]"):
+    with pytest.raises(ValueError, match="'lora' is no sparse adapter; switch_task takes \\['t0', 't1'\\]"):
         lf.switch_task(model, "lora")
     with pytest.raises(ValueError, match="no adapters attached"):
         lf.switch_task(bare, "t0")
