@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,89 @@ def sparse_delta_linear(
         bias = biases[slot]
         y[row] += weight * (h if bias is None else h + bias.to(dtype))
     return y
+
+
+# Merges of one layer's deltas ``[out, in]``, from full SVDs in fp64. Directions whose singular value is below 1e-6 of
+# the largest do not exist: the papers' own code fills them with whatever the SVD returns.
+
+
+def _svd(x: Tensor, count: int | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = int((s > 1e-6 * (s[:1].sum() if scale is None else scale)).sum())
+    k = k if count is None else min(k, count)
+    return u[:, :k], s[:k], vh[:k]
+
+
+def _polar(x: Tensor) -> Tensor:
+    u, _, vh = _svd(x)
+    return u @ vh
+
+
+def knots_ties(
+    layers: list[dict[str, Tensor]],
+    weights: dict[str, float],
+    density: float,
+    scope: str = "global",
+    majority_sign: str = "total",
+) -> list[Tensor]:
+    """KnOTS-TIES, arXiv:2410.19735. ``layers``: for each layer the deltas by adapter, which may lack some."""
+    bases, rotated = [], []
+    for deltas in layers:
+        signed = {name: math.copysign(1.0, weights[name]) * delta for name, delta in deltas.items()}
+        u, s, vh = _svd(torch.cat(list(signed.values()), 1))
+        bases.append(u)
+        blocks = (s[:, None] * vh).split([d.shape[1] for d in signed.values()], 1)
+        rotated.append(dict(zip(signed, blocks, strict=True)))
+    merged = []
+    for i, parts in enumerate(rotated):
+        trimmed = []
+        for name, part in parts.items():
+            whole = [part] if scope == "layer" else [other[name] for other in rotated if name in other]
+            sizes = torch.cat([t.abs().flatten() for t in whole]).sort(descending=True).values
+            k = int(density * sizes.numel())
+            trimmed.append(torch.where(part.abs() >= sizes[k - 1], part, 0.0) if k else torch.zeros_like(part))
+        stacked = torch.stack(trimmed)
+        sign, votes = stacked.sum(0).sign(), stacked.sign().sum(0).sign()
+        if majority_sign == "frequency":
+            sign = torch.where(votes == 0, sign, votes)
+        agree = stacked * sign > 0
+        weighted = stacked * torch.tensor([abs(weights[name]) for name in parts], dtype=torch.float64)[:, None, None]
+        merged.append(bases[i] @ ((weighted * agree).sum(0) / agree.sum(0).clamp(min=1)))
+    return merged
+
+
+def tsv(deltas: list[Tensor]) -> Tensor:
+    """TSV-M, arXiv:2412.00081, of weighted deltas."""
+    count = max(1, min(deltas[0].shape) // len(deltas))
+    us, ss, vhs = zip(*(_svd(d, count) for d in deltas), strict=True)
+    return _polar(torch.cat(us, 1)) * torch.cat(ss) @ _polar(torch.cat(vhs, 0))
+
+
+def iso_c(deltas: list[Tensor], mean_over: str = "rank") -> Tensor:
+    """Iso-C, arXiv:2502.04959, of weighted deltas."""
+    u, s, vh = _svd(torch.stack(deltas).sum(0))
+    return s.sum() / (s.numel() if mean_over == "rank" else min(deltas[0].shape)) * (u @ vh)
+
+
+def iso_cts(deltas: list[Tensor], dim: int, common_fraction: float = 0.8, mean_over: str = "rank") -> Tensor:
+    """Iso-CTS, arXiv:2502.04959, of weighted deltas, with ``dim`` directions in place of ``min(out, in)``."""
+    each = round((dim - int(common_fraction * dim)) / len(deltas))
+    triples = [_svd(torch.stack(deltas).sum(0), max(0, dim - each * len(deltas)))]
+    common = triples[0][0]
+    triples += [_svd(d - common @ (common.T @ d), each, scale=d.norm()) for d in deltas]
+    us, ss, vhs = zip(*triples, strict=True)
+    s = torch.cat(ss)
+    mean = s.sum() / (s.numel() if mean_over == "rank" else min(deltas[0].shape))
+    return mean * _polar(torch.cat(us, 1)) @ _polar(torch.cat(vhs, 0))
+
+
+def regmean(
+    deltas: list[Tensor], grams: list[Tensor], weights: list[float], off_diagonal: float = 0.9, ridge: float = 0.0
+) -> Tensor:
+    """RegMean, arXiv:2212.09849: ``W^T = (sum G_i)^-1 sum G_i W_i^T`` with ``W_i = delta_i``, ``G_i [in, in]``."""
+    scaled = []
+    for gram, weight in zip(grams, weights, strict=True):
+        diagonal = gram.diag().diag()
+        eye = torch.eye(gram.shape[0], dtype=gram.dtype)
+        scaled.append(weight * (off_diagonal * gram + (1 - off_diagonal) * diagonal + ridge * gram.diag().mean() * eye))
+    return torch.linalg.solve(sum(scaled), sum(g @ d.T for g, d in zip(scaled, deltas, strict=True))).T

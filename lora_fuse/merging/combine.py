@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
 from lora_fuse.merging.methods import method_of
-from lora_fuse.merging.options import Options
+from lora_fuse.merging.options import Grams, Options
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.terms import (
     LayerTerm,
@@ -40,6 +41,15 @@ def merge(
     energy: float | None = None,
     dtype: torch.dtype = torch.float32,
     modules_to_save: SavePolicy = "refuse",
+    scaling: float | None = None,
+    density: float | None = None,
+    majority_sign: Literal["total", "frequency"] | None = None,
+    scope: Literal["global", "layer"] | None = None,
+    mean_over: Literal["rank", "min_dim"] | None = None,
+    common_fraction: float | None = None,
+    grams: Grams | None = None,
+    off_diagonal: float | None = None,
+    ridge: float | None = None,
     progress: bool = False,
 ) -> LoraAdapter:
     """Combine adapters into one whose delta is ``sum_i weights[i] * delta_i``, layer by layer.
@@ -82,7 +92,20 @@ def merge(
     Warns:
         UserWarning: the adapters' configs name different base models.
     """
-    options = Options(rank=rank, energy=energy, dtype=dtype)
+    options = Options(
+        rank=rank,
+        energy=energy,
+        scaling=scaling,
+        density=density,
+        majority_sign=majority_sign,
+        scope=scope,
+        mean_over=mean_over,
+        common_fraction=common_fraction,
+        grams=grams,
+        off_diagonal=off_diagonal,
+        ridge=ridge,
+        dtype=dtype,
+    )
     how = method_of(method, options)
     if method == "uniform" and weights is not None:
         raise ValueError("weights: method 'uniform' weighs every adapter 1 / N; use 'linear' to choose weights")
@@ -90,10 +113,13 @@ def merge(
     if method == "uniform":
         terms = [replace(t, weight=1.0 / len(terms)) for t in terms]
 
-    active = [t for t in terms if t.weight != 0.0] or terms
+    active = [t for t in terms if t.weight != 0.0]
+    if not active:
+        raise ValueError("weights: all are 0, which leaves nothing to merge")
     alone = len(active) == 1 and active[0].weight == 1.0
-    if not alone:
-        refuse_absolute(active, "merge")
+    keep = alone and scaling in (None, 1.0) and how.keeps_one(options)
+    if not keep:
+        refuse_absolute(active, f"merge(method={method!r})", alone=how.keeps_one(options))
     elif rank is not None or energy is not None:
         _refuse_truncated_dora(active[0])
     grouped = layer_terms(active)
@@ -101,15 +127,14 @@ def merge(
     base_weights = combine_base_weights(active)
     check_finite(active)
     warn_about_bases(active)
+    if how.prepare is not None:
+        options = how.prepare(active, grouped, options)
 
-    keep = alone and how.keeps_one(options)
-    if how.prepare is not None and not keep:
-        options = how.prepare(grouped, options)
     layers = {}
     for path, parts in track(grouped.items(), f"merge ({method})", progress):
         layer = _unchanged(parts, options) if keep else None
         if layer is None:
-            layer = replace(how.combine(path, parts, options), lora_bias=_summed_bias(parts, dtype))
+            layer = replace(how.combine(path, parts, options), lora_bias=_summed_bias(parts, options))
         for t in layer.tensors():
             if not all_finite(t):
                 raise ValueError(f"layer {path!r}: the merged factors overflow {dtype}; choose a wider dtype")
@@ -138,10 +163,11 @@ def _unchanged(parts: Sequence[LayerTerm], options: Options) -> LoraLayer | None
     )
 
 
-def _summed_bias(parts: Sequence[LayerTerm], dtype: torch.dtype) -> Tensor | None:
-    """``sum coef * lora_bias`` over the parts that have one, or None."""
-    biases = [p.coef * p.layer.lora_bias.to(torch.float64) for p in parts if p.layer.lora_bias is not None]
-    return torch.stack(biases).sum(0).to(dtype) if biases else None
+def _summed_bias(parts: Sequence[LayerTerm], options: Options) -> Tensor | None:
+    """``scaling * sum coef * lora_bias`` over the parts that have one, or None."""
+    factor = 1.0 if options.scaling is None else options.scaling
+    biases = [factor * p.coef * p.layer.lora_bias.to(torch.float64) for p in parts if p.layer.lora_bias is not None]
+    return torch.stack(biases).sum(0).to(options.dtype) if biases else None
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

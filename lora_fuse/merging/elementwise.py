@@ -52,7 +52,7 @@ def disjoint_mean(
     weights: Sequence[float],
     majority_sign: MajoritySign = "total",
     divisor: Divisor = "count",
-    if_zero: float = 1.0,
+    if_zero: float | Tensor = 1.0,
 ) -> Tensor:
     """Elect a sign per entry, and average the values that have it: ``sum_{i agrees} w_i x_i / number that agree``.
 
@@ -63,7 +63,7 @@ def disjoint_mean(
             w_i x_i`` ("weighted", where also the sign of ``w_i x_i`` is what has to agree).
         divisor: number of values that agree ("count"), sum of their weights ("weights"; 1 where that is nearly 0), or 1
             ("none").
-        if_zero: the sign of an entry whose sum is zero.
+        if_zero: the sign of an entry whose sum is zero; a number, or a tensor of one shape with the vectors.
     Returns:
         A new tensor; zero where nothing agrees.
     """
@@ -74,7 +74,7 @@ def disjoint_mean(
         else:
             elected.add_(x, alpha=w if majority_sign == "weighted" else 1.0)
     sign = elected.sign_()
-    sign.masked_fill_(sign == 0, if_zero)
+    sign = torch.where(sign == 0, if_zero, sign)
 
     total, divide_by = torch.zeros_like(sign), torch.zeros_like(sign)
     agreeing, agrees = torch.empty_like(sign), torch.empty_like(sign)

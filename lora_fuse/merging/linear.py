@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.merging.options import Options
@@ -38,11 +41,43 @@ def svd(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
     return from_svd(svd_of(parts, rank, options.energy, options.dtype), parts[0].layer, options.dtype)
 
 
+def factor_average(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
+    """``(sum w_i sqrt(s_i) B_i) (sum w_i sqrt(s_i) A_i)``: factors averaged apart, with cross terms ``B_i A_j``.
+
+    For one scaling ``s`` that is LoraHub's ``s (sum w_i B_i) (sum w_i A_i)``, quadratic in the weights; PEFT's
+    "linear" takes their square roots instead.
+
+    Raises:
+        ValueError: the ranks differ: which rows of A belong together is anyone's guess then.
+    Source: LoraHub, arXiv:2307.13269.
+    """
+    first = parts[0]
+    for part in parts:
+        if part.layer.rank != first.layer.rank:
+            raise ValueError(
+                f"layer {path!r}: adapter {part.name} has rank {part.layer.rank}, adapter {first.name} has rank "
+                f"{first.layer.rank}; method 'factor_average' adds A's and B's up and needs one rank in each layer "
+                "(use 'linear', or truncate the adapters to one rank first)"
+            )
+    root = [math.sqrt(abs(p.layer.scaling)) for p in parts]
+    signed = [math.copysign(r, p.layer.scaling) for r, p in zip(root, parts, strict=True)]
+    a = torch.stack([r * p.weight * p.layer.lora_a.double() for r, p in zip(root, parts, strict=True)]).sum(0)
+    b = torch.stack([r * p.weight * p.layer.lora_b.double() for r, p in zip(signed, parts, strict=True)]).sum(0)
+    layer = LoraLayer(a, b, 1.0, first.layer.kind)
+    if options.rank is None and options.energy is None:
+        return replace(layer, lora_a=a.to(options.dtype), lora_b=b.to(options.dtype))
+    return linear(path, [LayerTerm(first.name, layer, 1.0)], options)
+
+
 def from_svd(svd: LowRankSVD, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
     """A layer with scaling 1 whose product is ``U S Vh``, each factor taking ``sqrt(S)``; ``like`` gives the layout."""
     root = svd.S.sqrt()
-    b, a = svd.U * root, root[:, None] * svd.Vh
-    k = root.shape[0]
+    return layer_from(svd.U * root, root[:, None] * svd.Vh, like, dtype)
+
+
+def layer_from(b: Tensor, a: Tensor, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    """A layer with scaling 1 and the factors ``b [out, k]`` and ``a [k, in]``, laid out like those of ``like``."""
+    k = a.shape[0]
     return LoraLayer(
         lora_a=a.to(dtype).reshape(k, *like.lora_a.shape[1:]).contiguous(),
         lora_b=b.to(dtype).reshape(like.lora_b.shape[0], k, *like.lora_b.shape[2:]).contiguous(),

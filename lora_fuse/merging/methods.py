@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 from lora_fuse.adapters.lora import LoraLayer
-from lora_fuse.merging import linear
+from lora_fuse.merging import knots, linear, subspace
 from lora_fuse.merging.options import Options
-from lora_fuse.merging.terms import LayerTerm
+from lora_fuse.merging.terms import LayerTerm, Term
 
 # (module path, the parts of that layer, options) -> the merged layer, without its bias
 Combine: TypeAlias = Callable[[str, Sequence[LayerTerm], Options], LoraLayer]
@@ -23,23 +23,35 @@ class Method:
     Attributes:
         combine: called for each layer.
         takes: the options that it understands, beside ``dtype``.
-        prepare: sees all layers first, for what they share (a threshold over the whole model); returns the options to
-            go on with.
-        keeps_one: whether one adapter of weight 1 comes back with its own factors, as far as the options go.
+        prepare: sees all adapters and layers first, for what they share (a threshold over the whole model) and for
+            checks; returns the options to go on with, the shared things in ``state``.
+        keeps_one: whether one adapter of weight 1 comes back with its own factors, as far as the options go (rank,
+            energy and scaling need no thought here).
     """
 
     combine: Combine
     takes: frozenset[str]
-    prepare: Callable[[Layers, Options], Options] | None = None
+    prepare: Callable[[Sequence[Term], Layers, Options], Options] | None = None
     keeps_one: Callable[[Options], bool] = lambda options: True
 
 
 _TRUNCATION = frozenset({"rank", "energy"})
+_SCALED = _TRUNCATION | {"scaling"}
 METHODS: dict[str, Method] = {
     "linear": Method(linear.linear, _TRUNCATION),
     "uniform": Method(linear.linear, _TRUNCATION),
     "cat": Method(linear.cat, frozenset()),
     "svd": Method(linear.svd, _TRUNCATION),
+    "factor_average": Method(linear.factor_average, _TRUNCATION),
+    "knots_ties": Method(
+        knots.knots_ties,
+        _SCALED | {"density", "majority_sign", "scope"},
+        prepare=knots.prepare,
+        keeps_one=lambda options: options.density == 1.0,
+    ),
+    "tsv": Method(subspace.tsv, _SCALED),
+    "iso_c": Method(subspace.iso_c, _SCALED | {"mean_over"}, keeps_one=lambda options: False),
+    "iso_cts": Method(subspace.iso_cts, _SCALED | {"mean_over", "common_fraction"}, keeps_one=lambda options: False),
 }
 
 

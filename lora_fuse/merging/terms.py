@@ -25,11 +25,12 @@ _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Term:
-    """One adapter of a combination; ``name`` is what errors call it."""
+    """One adapter of a combination; ``name`` is what errors call it, ``key`` its key or position among those given."""
 
     name: str
     adapter: LoraAdapter
     weight: float
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def make_terms(adapters: Sources, weights: Weights, default: float = 1.0) -> lis
         if not math.isfinite(value):
             raise ValueError(f"weights: expected finite numbers, got {value} for adapter {key!r}")
         shown = f"{key!r}" if named else f"#{key}" if adapter.source == "<memory>" else f"#{key} ({adapter.source})"
-        terms.append(Term(shown, adapter, float(value)))
+        terms.append(Term(shown, adapter, float(value), key))
     return terms
 
 
@@ -143,15 +144,19 @@ def warn_about_bases(terms: Sequence[Term]) -> None:
         warnings.warn(f"the adapters name different base models: {listed}", UserWarning, stacklevel=4)
 
 
-def refuse_absolute(terms: Sequence[Term], what: str) -> None:
-    """A combination is defined on deltas; DoRA and replaced values of the base are none."""
+def refuse_absolute(terms: Sequence[Term], what: str, alone: bool = True) -> None:
+    """A combination is defined on deltas; DoRA and replaced values of the base are none.
+
+    ``alone``: whether ``what`` would take such an adapter by itself, with weight 1.
+    """
+    takes = "takes such an adapter only alone and with weight 1" if alone else "takes no such adapter"
     for term in terms:
         a = term.adapter
         dora = next((path for path, layer in a.layers.items() if layer.magnitude is not None), None)
         if dora is not None:
             raise ValueError(
                 f"adapter {term.name}: uses DoRA (layer {dora!r}), whose update is not linear in the factors; {what} "
-                "takes a DoRA adapter only alone and with weight 1"
+                f"{takes}"
             )
         for field, label in (
             ("base_biases", "replaces biases of the base (PEFT's bias='all' or 'lora_only')"),
@@ -160,7 +165,7 @@ def refuse_absolute(terms: Sequence[Term], what: str) -> None:
             if held := getattr(a, field):
                 raise ValueError(
                     f"adapter {term.name}: {label} at {sorted(held)[0]!r}; a replaced value cannot be weighted, so "
-                    f"{what} takes such an adapter only alone and with weight 1"
+                    f"{what} {takes}"
                 )
 
 

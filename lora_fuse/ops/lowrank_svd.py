@@ -8,7 +8,7 @@ Everything runs in fp64. The factors are thin, so that is affordable (geqrf of 4
 against 4.7 in fp32 with two threads, 8.9 against 5.7 with one), and it keeps the answer right where fp32 loses it:
 for adapters that differ by 1e-4 and get weights 1 and -1 the fp32 result is off by 5e-3, for 1e-6 by half. A Gram
 matrix instead of QR costs a third, but squares the condition number: even in fp64 it drowns singular values below 1e-8
-of the largest. Q is never formed: ``ormqr`` applies its reflectors to the k columns that are kept.
+of the largest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_fuse.ops.factored import apply_q, reduce, side_by_side
 from lora_fuse.ops.svd import LowRankSVD, check_rank, directions_for, make_svd, robust_svd
 
 
@@ -54,22 +55,10 @@ def lowrank_svd(
     Source: low-rank recompression, Bebendorf, Hierarchical Matrices (2008), section 1.1.4; Eckart-Young.
     """
     coefs = check_products(lora_bs, lora_as, weights, rank, energy)
-    m, n = lora_bs[0].shape[-2], lora_as[0].shape[-1]
-    total = sum(b.shape[-1] for b in lora_bs)
-    batch, device = lora_bs[0].shape[:-2], lora_bs[0].device
-    # Both factors in LAPACK's column order, so that geqrf need not transpose them again.
-    left = torch.empty(*batch, total, m, dtype=torch.float64, device=device).mT
-    right = torch.empty(*batch, total, n, dtype=torch.float64, device=device).mT
-    start = 0
-    column_coefs = left.new_tensor([c for b, c in zip(lora_bs, coefs, strict=True) for _ in range(b.shape[-1])])
-    for b, a in zip(lora_bs, lora_as, strict=True):
-        stop = start + b.shape[-1]
-        left[..., start:stop].copy_(b)
-        right[..., start:stop].copy_(a.mT)
-        start = stop
-
-    left_qr, left_core = _reduce(left)
-    right_qr, right_core = _reduce(right)
+    columns = [c for b, c in zip(lora_bs, coefs, strict=True) for _ in range(b.shape[-1])]
+    left_q, left_core = reduce(side_by_side(lora_bs))
+    right_q, right_core = reduce(side_by_side([a.mT for a in lora_as]))
+    column_coefs = left_core.new_tensor(columns)
     left_core = left_core * column_coefs  # Bc diag(c) = Qb (Rb diag(c)), and Rb has far fewer rows
     core = left_core @ right_core.mT  # [..., min(m, R), min(n, R)]
     if not bool(torch.isfinite(core).all()):
@@ -83,28 +72,10 @@ def lowrank_svd(
         noise = float(10 * torch.finfo(s.dtype).eps * scale)
         k = directions_for(s.square(), energy, noise**2)
     norm, residual = torch.linalg.vector_norm(s, dim=-1), torch.linalg.vector_norm(s[..., k:], dim=-1)
-    u = _apply_q(left_qr, u[..., :k], m)  # [..., m, k]
-    v = _apply_q(right_qr, vh[..., :k, :].mT, n)  # [..., n, k]
+    u = apply_q(left_q, u[..., :k])  # [..., m, k]
+    v = apply_q(right_q, vh[..., :k, :].mT)  # [..., n, k]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*lora_bs, *lora_as)) else torch.float32
     return make_svd(u, s[..., :k], v, residual, norm, dtype)
-
-
-def _reduce(x: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
-    """Householder reflectors and R of ``x [..., m, R]``; a matrix with no more rows than columns is its own core."""
-    m, cols = x.shape[-2:]
-    if m <= cols:
-        return None, x
-    packed, tau = torch.geqrf(x)
-    return (packed, tau), packed[..., :cols, :].triu()
-
-
-def _apply_q(reflectors: tuple[Tensor, Tensor] | None, x: Tensor, rows: int) -> Tensor:
-    """``Q @ x`` for ``x [..., R, k]``, padded to ``rows`` rows; Q is the identity where there are no reflectors."""
-    if reflectors is None:
-        return x
-    padded = x.new_zeros(*x.shape[:-2], x.shape[-1], rows).mT
-    padded[..., : x.shape[-2], :] = x
-    return torch.ormqr(*reflectors, padded)
 
 
 def check_products(
