@@ -15,7 +15,8 @@ from lora_fuse.cli.options import DTYPE, output, overwrite_flag, rank_text, save
 if TYPE_CHECKING:
     from lora_fuse.adapters.lora import LoraAdapter
 
-METHODS = ("linear", "uniform", "cat", "svd")
+_SUMS = ("linear", "uniform", "cat", "svd")
+METHODS = (*_SUMS, "factor_average", "knots_ties", "tsv", "iso_c", "iso_cts")
 
 
 @click.command(
@@ -28,9 +29,9 @@ METHODS = ("linear", "uniform", "cat", "svd")
     type=click.Choice(METHODS),
     default="linear",
     show_default=True,
-    help="linear: exact weighted sum. uniform: the mean. cat: exact, ranks add up. svd: truncated.",
+    help="linear: exact weighted sum. uniform: the mean. cat: exact, ranks add up. svd: truncated. The others: see lora_fuse.merge.",
 )
-@click.option("--rank", type=int, help="Largest rank of the result (linear, uniform, svd).")
+@click.option("--rank", type=int, help="Largest rank of the result (not cat).")
 @click.option("--energy", type=float, help="Share of each layer's squared norm to keep, instead of --rank.")
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="Of the result.")
 @saved
@@ -72,7 +73,7 @@ def merge(
             progress=sys.stderr.isatty(),
         )
         kept = None
-        if method == "svd" or rank is not None or energy is not None:
+        if method == "svd" or (method in _SUMS and (rank is not None or energy is not None)):
             with busy("measuring what was kept"):
                 kept = _energy_kept(loaded, weights, merged)
         with staged_folder(out, overwrite, sources) as stage:

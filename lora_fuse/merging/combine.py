@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
+from lora_fuse.merging.elementwise import MajoritySign
 from lora_fuse.merging.methods import method_of
 from lora_fuse.merging.options import Grams, Options
 from lora_fuse.merging.progress import track
@@ -43,7 +44,7 @@ def merge(
     modules_to_save: SavePolicy = "refuse",
     scaling: float | None = None,
     density: float | None = None,
-    majority_sign: Literal["total", "frequency"] | None = None,
+    majority_sign: MajoritySign | None = None,
     scope: Literal["global", "layer"] | None = None,
     mean_over: Literal["rank", "min_dim"] | None = None,
     common_fraction: float | None = None,

@@ -63,7 +63,7 @@ def knots_ties(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraL
     merged = torch.empty(basis.core.shape[1], like.lora_a[0].numel(), dtype=dtype, device=basis.core.device)  # [k, in]
     for start, strip in _strips(parts, basis, dtype):
         strip.masked_fill_(strip.abs() < limits, 0.0)
-        # The sign of a basis vector is arbitrary: where signs tie the values decide, and where these cancel nobody wins.
+        # Signs of basis vectors are arbitrary: where votes tie the values decide, and where those cancel nobody wins.
         if_zero = strip.sum(0).sign_() if options.majority_sign == "frequency" else 0.0
         merged[:, start : start + strip.shape[2]] = disjoint_mean(
             [*strip], weights, options.majority_sign or "total", if_zero=if_zero

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lora_fuse.merging.elementwise import MAJORITY_SIGNS, MajoritySign
 from lora_fuse.merging.terms import check_dtype, check_truncation
 
 # For each adapter, in their order or by name: module path -> Gram matrix of that module's inputs
 Grams: TypeAlias = Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]]
 _CHOICES = {
-    "majority_sign": ("total", "frequency"),
+    "majority_sign": MAJORITY_SIGNS,
     "scope": ("global", "layer"),
     "mean_over": ("rank", "min_dim"),
 }
@@ -29,7 +30,7 @@ class Options:
     energy: float | None = None
     scaling: float | None = None
     density: float | None = None
-    majority_sign: str | None = None
+    majority_sign: MajoritySign | None = None
     scope: str | None = None
     mean_over: str | None = None
     common_fraction: float | None = None
