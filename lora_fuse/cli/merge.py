@@ -29,7 +29,8 @@ METHODS = (*_SUMS, "factor_average", "knots_ties", "tsv", "iso_c", "iso_cts")
     type=click.Choice(METHODS),
     default="linear",
     show_default=True,
-    help="linear: exact weighted sum. uniform: the mean. cat: exact, ranks add up. svd: truncated. The others: see lora_fuse.merge.",
+    help="linear: exact weighted sum. uniform: the mean. cat: exact, ranks add up. svd: truncated. The others: see "
+    "docs/merging.md.",
 )
 @click.option("--rank", type=int, help="Largest rank of the result (not cat).")
 @click.option("--energy", type=float, help="Share of each layer's squared norm to keep, instead of --rank.")
