@@ -17,7 +17,10 @@ from lora_fuse.compress.peru_fft import Peru, peru_fft
 from lora_fuse.compress.peru_files import load_peru
 from lora_fuse.compress.peru_lora import peru_lora
 from lora_fuse.merging.combine import merge
+from lora_fuse.merging.compose import learn_composition
+from lora_fuse.merging.composition import Composition
 from lora_fuse.merging.fuse import fuse, unfuse
+from lora_fuse.merging.lorahub import lorahub
 from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swap_adapter
 from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapters, use_adapters
 from lora_fuse.nn.switch import switch_task
@@ -26,6 +29,7 @@ from lora_fuse.sparse import SparseMatrix
 
 __all__ = [
     "AdapterPool",
+    "Composition",
     "JointAdapter",
     "JointBank",
     "LoraAdapter",
@@ -44,9 +48,11 @@ __all__ = [
     "fuse",
     "head_sizes",
     "joint_compress",
+    "learn_composition",
     "load_adapter",
     "load_joint",
     "load_peru",
+    "lorahub",
     "merge",
     "peru_fft",
     "peru_lora",

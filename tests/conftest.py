@@ -19,3 +19,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """For code that is compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
