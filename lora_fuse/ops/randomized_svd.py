@@ -5,9 +5,10 @@ on its side, and all are kept: after q returns ``Q [m, D]`` and ``P [n, D]``, ``
 and the SVD of the core ``Q^T X P`` gives the best approximation of X within it. Subspace iteration, which
 ``torch.svd_lowrank`` and others use, reads X as often but keeps the last block alone; its error is never smaller.
 
-Blocks are orthonormalised by two rounds of projection and Cholesky QR with the Gram matrix in fp64: 1.2 ms for
-4096 x 72, against 11 to 25 for Householder QR and 32 for the product with X itself (Sapphire Rapids, two threads).
-fp64 holds up to condition numbers of 1e7, all that fp32 blocks can resolve; beyond that Householder QR takes over.
+Blocks are orthonormalised by Cholesky QR with the Gram matrix in fp64: 1.2 ms for 4096 x 72, against 11 to 25 for
+Householder QR and 32 for the product with X itself (Sapphire Rapids, two threads). For fp32 blocks of condition up to
+1e5 one round is as orthogonal as fp32 can tell; a second one (CholeskyQR2) follows where it is not, or where projecting
+on earlier blocks has cancelled most of the block. Beyond 1e6 Householder QR takes over.
 
 Where the Krylov space would fill much of the matrix, the SVD is exact, from the fp64 Gram matrix of the shorter side.
 """
@@ -167,29 +168,44 @@ def _squares(core: Tensor) -> Tensor:
 
 
 def _orthonormal(w: Tensor, before: list[Tensor], random: torch.Generator) -> Tensor:
-    """Orthonormal columns, orthogonal to the blocks ``before``, that span with them what ``w [..., m, l]`` does."""
-    for _ in range(2):  # the second round removes what rounding left where the first one cancelled
+    """Orthonormal columns, orthogonal to the blocks ``before``, that span with them what ``w [..., m, l]`` does.
+
+    Projecting leaves rounding errors of the size of ``w``, and dividing by R enlarges them: where that loses more than
+    a digit, or Cholesky QR does, there is a second round.
+    """
+    for _ in range(2):
+        size = torch.linalg.vector_norm(w, dim=-2).amax(-1) if before else 0.0
         for q in before:
             w = w - q @ (q.mT @ w)
-        w = orthonormalize(w, random)
+        w, smallest = orthonormalize(w, random)
+        if bool(((smallest > 0) & (size <= 10.0 * smallest)).all()):
+            break
     return w
 
 
-def orthonormalize(w: Tensor, random: torch.Generator) -> Tensor:
-    """One round of Cholesky QR in fp64, or Householder QR where ``w [..., m, l]`` is too ill-conditioned for it.
+def orthonormalize(w: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """QR of ``w [..., m, l]`` by Cholesky with the Gram matrix in fp64, by Householder where that is ill-conditioned.
 
-    Columns that depend on others are replaced by random directions. Apply twice for full orthogonality.
+    Columns that depend on others are replaced by random directions.
+
+    Returns:
+        Q in the dtype of ``w``, and ``[...]``, fp64: the smallest diagonal entry of R where Q is orthonormal to that
+        dtype's precision, 0 where it takes another round.
     """
     wide = w.to(torch.float64)
     lower, info = torch.linalg.cholesky_ex(wide.mT @ wide)
-    d = lower.diagonal(dim1=-2, dim2=-1)
-    if bool((info == 0).all() & (d.amin(-1) > 1e-7 * d.amax(-1)).all()):
-        return torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False).to(w.dtype)
+    eye = torch.eye(w.shape[-1], dtype=torch.float64, device=w.device)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    condition = torch.linalg.matrix_norm(lower) * torch.linalg.matrix_norm(inverse)  # at least the true one
+    if bool(((info == 0) & (condition < 1e7)).all()):
+        loss = torch.finfo(torch.float64).eps * condition.square()
+        smallest = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
+        return (wide @ inverse.mT).to(w.dtype), smallest.where(loss <= 10.0 * torch.finfo(w.dtype).eps, 0.0)
     # Noise of the size of a rounding error changes nothing that is resolved, and makes what is missing random.
     size = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
     noise = torch.randn(w.shape, generator=random, dtype=torch.float64).to(w.device)
     noise *= torch.where(size > 0, torch.finfo(w.dtype).eps * size / w.shape[-2] ** 0.5, 1.0)
-    return torch.linalg.qr(wide + noise).Q.to(w.dtype)
+    return torch.linalg.qr(wide + noise).Q.to(w.dtype), torch.zeros_like(condition)
 
 
 def _exact(
