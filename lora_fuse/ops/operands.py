@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -13,6 +14,8 @@ from lora_fuse.ops.lowrank_svd import check_products
 from lora_fuse.sparse import SparseMatrix
 
 _TILE = 1 << 22  # entries of a tile: 16 MB in fp32, where a product of its own is as fast as the whole one's share
+
+_SPARSE = 0.05  # density below which products of CSR tensors, with the transpose they need, beat tiles
 
 
 @runtime_checkable
@@ -44,7 +47,7 @@ class Operand(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """``X[..., start:stop, :]`` in ``dtype``; may be the caller's own memory."""
+        """``X[..., start:stop, :]`` in ``dtype``: to be read only, and before the next call, which may reuse it."""
 
     @abstractmethod
     def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -76,8 +79,12 @@ class Operand(ABC):
         return (slice(i, min(i + step, self.shape[-2])) for i in range(0, self.shape[-2], step))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All of it."""
+        """All of it; may be the caller's own memory."""
         return self.rows(0, self.shape[-2], dtype)
+
+    def squared_norm(self) -> Tensor | None:
+        """``||X||_F^2``, ``[...]`` in fp64, where there is a better way than by tiles."""
+        return None
 
     def _whole(self, dtype: torch.dtype) -> Tensor | None:
         if self.shape.numel() > _TILE:
@@ -95,14 +102,30 @@ class Dense(Operand):
         self.shape, self.device = terms[0].shape, terms[0].device
         wide = any(t.dtype == torch.float64 for t in terms)
         self.dtype = torch.float64 if wide else torch.float32
+        self._tile: Tensor | None = None
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        total = self.terms[0][..., start:stop, :].to(dtype)
+        first = self.terms[0][..., start:stop, :]
+        if len(self.terms) == 1 and first.dtype == dtype and self.weights[0] == 1.0:
+            return first
+        total = self._scratch(first.shape, dtype).copy_(first)
         if self.weights[0] != 1.0:
-            total = total * self.weights[0]
+            total *= self.weights[0]
         for term, weight in zip(self.terms[1:], self.weights[1:], strict=True):
-            total = torch.add(total, term[..., start:stop, :].to(dtype), alpha=weight)
+            total.add_(term[..., start:stop, :], alpha=weight)
         return total
+
+    def parts(self) -> Iterator[tuple[Tensor, float]]:
+        """Terms and weights."""
+        return zip(self.terms, self.weights, strict=True)
+
+    def _scratch(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for a tile, the same each time: fresh pages cost as much as the product with what is in them."""
+        if shape == self.shape:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self._tile is None or self._tile.dtype != dtype or self._tile.numel() < shape.numel():
+            self._tile = torch.empty(shape.numel(), dtype=dtype, device=self.device)
+        return self._tile[: shape.numel()].view(shape)
 
     def _whole(self, dtype: torch.dtype) -> Tensor | None:
         only = self.terms[0]
@@ -162,6 +185,20 @@ class SumOfProducts(Operand):
         """Sum of the ranks."""
         return sum(b.shape[-1] for b in self.lora_bs)
 
+    def squared_norm(self) -> Tensor:
+        b, a = self.factors(torch.float64)
+        return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0)
+
+    def cancels(self, squared_norm: Tensor) -> bool:
+        """Whether the terms cancel so far that fp32 products would lose more than three digits of what is left."""
+        sizes = [
+            abs(w)
+            * torch.linalg.matrix_norm(b.detach(), dtype=torch.float64)
+            * torch.linalg.matrix_norm(a.detach(), dtype=torch.float64)
+            for b, a, w in zip(self.lora_bs, self.lora_as, self.weights, strict=True)
+        ]
+        return bool((squared_norm < 1e-6 * torch.stack(sizes).sum(0).square()).any())
+
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``[..., m, R]`` with the weights in it, and ``[..., R, n]``."""
         if self._stacked is None or self._stacked[0].dtype != dtype:
@@ -195,6 +232,32 @@ class Sparse(Operand):
         self.dtype = torch.float64 if matrix.values.dtype == torch.float64 else torch.float32
         self.shape, self.device = torch.Size(matrix.shape), matrix.values.device
         self._at = matrix.flat_index()
+        self._few = matrix.nnz < _SPARSE * self.shape.numel()
+        self._csr: tuple[Tensor, Tensor] | None = None
+
+    def _both(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Itself and its transpose as CSR tensors."""
+        if self._csr is None or self._csr[0].dtype != dtype:
+            values, rows = self.matrix.values.to(dtype), self.shape[0]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+                csr = self.matrix.with_values(values).to_csr()
+                by_column = (self._at % self.shape[1]).sort(stable=True)
+                starts = torch.searchsorted(by_column.values, torch.arange(self.shape[1] + 1, device=self.device))
+                columns = (self._at // self.shape[1])[by_column.indices]
+                sorted_values, shape = values[by_column.indices], (self.shape[1], rows)
+                other = torch.sparse_csr_tensor(starts, columns, sorted_values, shape, check_invariants=False)
+            self._csr = csr, other
+        return self._csr
+
+    def matmul(self, q: Tensor) -> Tensor:
+        return self._both(q.dtype)[0] @ q if self._few else super().matmul(q)
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        return self._both(q.dtype)[1] @ q if self._few else super().rmatmul(q)
+
+    def squared_norm(self) -> Tensor:
+        return self.matrix.values.to(torch.float64).square().sum()
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         here = slice(int(self.matrix.row_starts[start]), int(self.matrix.row_starts[stop]))
@@ -224,18 +287,25 @@ class Sum(Operand):
             raise ValueError(f"terms, weights: expected one weight per term, got {len(terms)} and {len(coefs)}")
         if not all(abs(w) < float("inf") for w in coefs):
             raise ValueError(f"weights: expected finite numbers, got {coefs}")
-        self.terms = [as_operand(term, f"terms[{i}]") for i, term in enumerate(terms)]
-        self.weights = coefs
-        first = self.terms[0]
-        for i, term in enumerate(self.terms):
+        given = [as_operand(term, f"terms[{i}]") for i, term in enumerate(terms)]
+        first = given[0]
+        for i, term in enumerate(given):
             if term.shape != first.shape or term.device != first.device:
                 raise ValueError(
                     f"terms[{i}]: {tuple(term.shape)} on {term.device}, but terms[0] is {tuple(first.shape)} on "
                     f"{first.device}"
                 )
         self.shape, self.device = first.shape, first.device
-        wide = any(term.dtype == torch.float64 for term in self.terms)
+        wide = any(term.dtype == torch.float64 for term in given)
         self.dtype = torch.float64 if wide else torch.float32
+        # What is dense is added before it is multiplied: products of large terms that cancel would lose digits.
+        dense = [(t, w * c) for x, c in zip(given, coefs, strict=True) if isinstance(x, Dense) for t, w in x.parts()]
+        rest = [(x, c) for x, c in zip(given, coefs, strict=True) if not isinstance(x, Dense)]
+        self.terms: list[Operand] = [x for x, _ in rest]
+        self.weights = [c for _, c in rest]
+        if dense:
+            self.terms.insert(0, Dense([t for t, _ in dense], [w for _, w in dense]))
+            self.weights.insert(0, 1.0)
 
     def _added(self, parts: Iterator[Tensor]) -> Tensor:
         total = next(parts) * self.weights[0]

@@ -151,8 +151,10 @@ def _krylov(
     u = torch.cat(left, dim=-1) @ u.to(dtype)
     v = torch.cat(right, dim=-1) @ v.to(dtype)
     squared = total - s.square().sum(-1)
-    if isinstance(x, Custom) or bool((squared < 1e-2 * total).any()):
+    guessed = isinstance(x, Custom) and x.squared_norm() is None
+    if guessed or bool((squared < 1e-2 * total).any()):
         squared = _squared_error(x, dtype, u * s.to(dtype)[..., None, :], v)
+    if guessed:  # what was found is known better than the whole
         norm = (squared + s.square().sum(-1)).sqrt()
     return make_svd(u, s, v, squared.clamp_min(0).sqrt(), norm, dtype)
 
@@ -248,7 +250,8 @@ def _norm(x: Operand) -> tuple[torch.dtype, Tensor]:
     squared = _squared_error(x, x.dtype)
     fine = torch.isfinite(squared) & (squared > low)
     if bool(fine.all()):
-        return x.dtype, squared.sqrt()
+        cancels = isinstance(x, SumOfProducts) and x.cancels(squared)
+        return torch.float64 if cancels else x.dtype, squared.sqrt()
     for name, tensor in x.tensors("x"):
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: has NaN or infinite entries")
@@ -260,11 +263,11 @@ def _norm(x: Operand) -> tuple[torch.dtype, Tensor]:
 
 def _squared_error(x: Operand, dtype: torch.dtype, u: Tensor | None = None, v: Tensor | None = None) -> Tensor:
     """``||x - u v^T||^2 [...]``, fp64 (``||x||^2`` without u and v), from tiles in ``dtype``; see ``_PROBES``."""
+    known = x.squared_norm() if u is None else None
+    if known is not None:
+        return known
     total = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
     if isinstance(x, Custom):
-        known = x.squared_norm() if u is None else None
-        if known is not None:
-            return known
         random = torch.Generator().manual_seed(1)
         probes = torch.randn(*x.shape[:-2], x.shape[-1], _PROBES, generator=random, dtype=dtype).to(x.device)
         seen = x.matmul(probes)
