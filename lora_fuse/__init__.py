@@ -20,6 +20,7 @@ from lora_fuse.merging.combine import merge
 from lora_fuse.merging.compose import learn_composition
 from lora_fuse.merging.composition import Composition
 from lora_fuse.merging.fuse import fuse, unfuse
+from lora_fuse.merging.grams import collect_grams
 from lora_fuse.merging.lorahub import lorahub
 from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swap_adapter
 from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapters, use_adapters
@@ -43,6 +44,7 @@ __all__ = [
     "adapters",
     "add_adapter",
     "attach",
+    "collect_grams",
     "detach",
     "functional",
     "fuse",

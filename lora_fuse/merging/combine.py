@@ -53,11 +53,12 @@ def merge(
     ridge: float | None = None,
     progress: bool = False,
 ) -> LoraAdapter:
-    """Combine adapters into one whose delta is ``sum_i weights[i] * delta_i``, layer by layer.
+    """Combine adapters into one, layer by layer: by default the one whose delta is ``sum_i weights[i] * delta_i``.
 
-    The sum is of the PRODUCTS ``scaling_i * B_i A_i``, never of A's and B's apart, so there are no cross terms (PEFT's
-    ``combination_type="linear"`` has them). Ranks may differ, per adapter and per layer, and so may the sets of layers.
-    No method forms a product of the weight's shape.
+    Methods work on the PRODUCTS ``scaling_i * B_i A_i``, never on A's and B's apart, so there are no cross terms
+    (PEFT's ``combination_type="linear"`` has them, and ``factor_average`` by definition). Ranks may differ, per adapter
+    and per layer, and so may the sets of layers. docs/merging.md has each method's formula, defaults and source, and
+    what weights and a single adapter mean to it.
 
     Methods:
         linear: exact. Concatenates the factors; where the ranks add up to more than ``min(in, out)`` the sum is
@@ -65,30 +66,49 @@ def merge(
         uniform: linear with every weight 1 / N; takes no weights.
         cat: exact; concatenates the factors, whatever the rank that results.
         svd: truncated to ``rank`` (default: in each layer the largest rank of the adapters that have it) or ``energy``.
+        factor_average: averages A's and B's apart, as LoraHub does.
+        knots_ties: TIES in the basis that the adapters share (``density``, ``majority_sign``, ``scope``).
+        tsv: the adapters' singular vectors, orthogonalised against each other (TSV-M).
+        iso_c: the sum with all singular values equal (``mean_over``).
+        iso_cts: the same with directions of single adapters added (``common_fraction``, ``mean_over``).
+        regmean: least squares on the adapters' own outputs (``grams``, ``off_diagonal``, ``ridge``).
 
     Truncated factors share the singular values evenly: ``lora_b = U sqrt(S)``, ``lora_a = sqrt(S) Vh``. Result layers
     have scaling 1. An adapter with weight 0 takes no part at all, heads included. One adapter with weight 1 comes back
-    with its own factors, unless ``rank`` or ``energy`` asks for fewer.
+    with its own factors, unless ``rank`` or ``energy`` asks for fewer, or the method trims or levels even one.
 
     Args:
         adapters: a list, or a dict name -> adapter; an entry may be a path. Names appear in errors.
         weights: a finite number per adapter, of any sign, in any sequence, or a dict by name. None: 1 each.
         method: one of the above.
-        rank: largest rank of a result layer (linear, uniform, svd).
+        rank: largest rank of a result layer (all methods but cat).
         energy: share of each layer's squared Frobenius norm to keep, ``0 < energy <= 1``, instead of ``rank``.
-        dtype: of the result's factors and heads; computed in fp64, rounded once.
+        dtype: of the result's factors and heads; computed in fp64, rounded once (knots_ties: its entries in fp32,
+            unless this or the factors are fp64).
         modules_to_save: for a module (a head) that several adapters replace: "refuse", "first", or "average" (by
             weight).
+        scaling: factor on the merged deltas and biases (from knots_ties on; default 1).
+        density: share of each adapter's entries that stays, ``0 < density <= 1`` (default 0.2).
+        majority_sign: of an entry: that of the sum of values ("total"), of signs ("frequency") or of weighted values
+            ("weighted").
+        scope: whether ``density`` counts over all of an adapter's layers ("global") or in each ("layer").
+        mean_over: singular values are averaged over the directions there are ("rank") or over ``min(in, out)``.
+        common_fraction: share of the directions that come from the sum (default 0.8).
+        grams: for each adapter, in their order or by name, ``{module path: [in, in]}``, as ``collect_grams`` returns.
+        off_diagonal: factor on the Gram matrices' off-diagonal entries, 0 to 1 (default 0.9).
+        ridge: multiple of the mean diagonal entry that is added to the diagonal of each Gram matrix (default 0).
         progress: show a bar on stderr.
 
     Returns:
         A new ``LoraAdapter``; ``lora_bias`` sums like the deltas. Its config is that of a plain LoRA which PEFT loads.
 
     Raises:
-        ValueError: unknown method; weights that are not finite or not one per adapter; rank or energy out of range or
-            not taken by the method; layers of different shape; DoRA, replaced biases or replaced token rows in
-            anything but a single adapter of weight 1; factors that are not finite.
+        ValueError: unknown method; weights that are not finite, not one per adapter, or all 0; an option that is out of
+            range or that the method does not take; layers of different shape; DoRA, replaced biases or replaced token
+            rows in anything but a single adapter of weight 1; factors that are not finite; Gram matrices that are
+            missing, do not fit, or add up to a singular one.
         TypeError: something that is no adapter or no number.
+        RuntimeError: an SVD that converges in no way.
 
     Warns:
         UserWarning: the adapters' configs name different base models.
@@ -129,13 +149,16 @@ def merge(
     check_finite(active)
     warn_about_bases(active)
     if how.prepare is not None:
-        options = how.prepare(active, grouped, options)
+        options = how.prepare(terms, grouped, options)
 
+    factor = 1.0 if scaling is None else scaling
+    if how.averages:
+        factor /= sum(t.weight for t in active)
     layers = {}
     for path, parts in track(grouped.items(), f"merge ({method})", progress):
         layer = _unchanged(parts, options) if keep else None
         if layer is None:
-            layer = replace(how.combine(path, parts, options), lora_bias=_summed_bias(parts, options))
+            layer = replace(how.combine(path, parts, options), lora_bias=_summed_bias(parts, options, factor))
         for t in layer.tensors():
             if not all_finite(t):
                 raise ValueError(f"layer {path!r}: the merged factors overflow {dtype}; choose a wider dtype")
@@ -164,9 +187,8 @@ def _unchanged(parts: Sequence[LayerTerm], options: Options) -> LoraLayer | None
     )
 
 
-def _summed_bias(parts: Sequence[LayerTerm], options: Options) -> Tensor | None:
-    """``scaling * sum coef * lora_bias`` over the parts that have one, or None."""
-    factor = 1.0 if options.scaling is None else options.scaling
+def _summed_bias(parts: Sequence[LayerTerm], options: Options, factor: float) -> Tensor | None:
+    """``factor * sum coef * lora_bias`` over the parts that have one, or None."""
     biases = [factor * p.coef * p.layer.lora_bias.to(torch.float64) for p in parts if p.layer.lora_bias is not None]
     return torch.stack(biases).sum(0).to(options.dtype) if biases else None
 

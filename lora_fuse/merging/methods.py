@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 from lora_fuse.adapters.lora import LoraLayer
-from lora_fuse.merging import knots, linear, subspace
+from lora_fuse.merging import knots, linear, regmean, subspace
 from lora_fuse.merging.options import Options
 from lora_fuse.merging.terms import LayerTerm, Term
 
@@ -23,16 +23,18 @@ class Method:
     Attributes:
         combine: called for each layer.
         takes: the options that it understands, beside ``dtype``.
-        prepare: sees all adapters and layers first, for what they share (a threshold over the whole model) and for
-            checks; returns the options to go on with, the shared things in ``state``.
+        prepare: sees all adapters (those of weight 0 too) and layers first, for what they share (a threshold over the
+            whole model) and for checks; returns the options to go on with, the shared things in ``state``.
         keeps_one: whether one adapter of weight 1 comes back with its own factors, as far as the options go (rank,
             energy and scaling need no thought here).
+        averages: whether weights are shares of a mean; so biases are averaged too, not summed.
     """
 
     combine: Combine
     takes: frozenset[str]
     prepare: Callable[[Sequence[Term], Layers, Options], Options] | None = None
     keeps_one: Callable[[Options], bool] = lambda options: True
+    averages: bool = False
 
 
 _TRUNCATION = frozenset({"rank", "energy"})
@@ -52,6 +54,9 @@ METHODS: dict[str, Method] = {
     "tsv": Method(subspace.tsv, _SCALED),
     "iso_c": Method(subspace.iso_c, _SCALED | {"mean_over"}, keeps_one=lambda options: False),
     "iso_cts": Method(subspace.iso_cts, _SCALED | {"mean_over", "common_fraction"}, keeps_one=lambda options: False),
+    "regmean": Method(
+        regmean.regmean, _SCALED | {"grams", "off_diagonal", "ridge"}, prepare=regmean.prepare, averages=True
+    ),
 }
 
 
