@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,7 +109,7 @@ def knots_ties(
     for i, parts in enumerate(rotated):
         trimmed = []
         for name, part in parts.items():
-            whole = [part] if scope == "layer" else [other[name] for other in rotated if name in other]
+            whole = [part] if scope == "tensor" else [other[name] for other in rotated if name in other]
             sizes = torch.cat([t.abs().flatten() for t in whole]).sort(descending=True).values
             k = int(density * sizes.numel())
             trimmed.append(torch.where(part.abs() >= sizes[k - 1], part, 0.0) if k else torch.zeros_like(part))
@@ -156,3 +158,43 @@ def regmean(
         eye = torch.eye(gram.shape[0], dtype=gram.dtype)
         scaled.append(weight * (off_diagonal * gram + (1 - off_diagonal) * diagonal + ridge * gram.diag().mean() * eye))
     return torch.linalg.solve(sum(scaled), sum(g @ d.T for g, d in zip(scaled, deltas, strict=True))).T
+
+
+def random_numbers(seed: int, name: str, key: str, rows: int, cols: int) -> Tensor:
+    """The 32-bit integers ``[rows, cols]``, in fp64, that decide about one task vector's tensor in DARE and DELLA."""
+    digest = hashlib.sha256(f"{seed}\0{key}\0{name}".encode()).digest()
+    entropy = [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(8)]
+    bits = np.random.SFC64(np.random.SeedSequence(entropy))
+    numbers = []
+    for _ in range(rows):
+        words = [int(word) for word in bits.random_raw((cols + 1) // 2)]
+        numbers.append([half for word in words for half in (word % 2**32, word // 2**32)][:cols])
+    return torch.tensor(numbers, dtype=torch.float64).view(rows, cols)
+
+
+def pruned(
+    x: Tensor, keeps: str, density: float, gamma: float = 0.0, epsilon: float = 0.0, numbers: Tensor | None = None
+) -> Tensor:
+    """What stays of a task vector ``[rows, cols]`` under TIES ("largest"), breadcrumbs ("middle"), DARE or DELLA."""
+    n, cols = x.numel(), x.shape[1]
+    numbers = torch.empty(0) if numbers is None else numbers
+    if keeps == "random":
+        return torch.where(numbers < round(density * 2**32), x / density, 0.0)
+    if keeps == "ranked":
+        rank = x.float().abs().flip(1).argsort(dim=1, stable=True).argsort(dim=1).flip(1)
+        spread = rank.double() / (cols - 1) - 0.5 if cols > 1 else torch.zeros(x.shape, dtype=torch.float64)
+        chance = (density + 2 * epsilon * spread).float().double()
+        return torch.where(numbers < (chance * 2**32).round(), x / chance, 0.0)
+    order = x.abs().reshape(-1).sort(descending=True, stable=True).indices
+    top = int(gamma * n) if keeps == "middle" else 0
+    mask = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[top : top + int(density * n)], True)
+    return torch.where(mask.view(x.shape), x, 0.0)
+
+
+def disjoint_mean(xs: list[Tensor], weights: list[float], majority_sign: str = "total") -> Tensor:
+    """TIES' election and mean, arXiv:2306.01708, as PEFT has them; ``xs`` are pruned."""
+    stacked = torch.stack(xs)
+    votes = stacked.sign().sum(0) if majority_sign == "frequency" else stacked.sum(0)
+    agree = stacked.sign() == torch.where(votes >= 0, 1.0, -1.0)
+    weighted = stacked * torch.tensor(weights, dtype=stacked.dtype).view(-1, *[1] * xs[0].dim())
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)

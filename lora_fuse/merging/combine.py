@@ -12,9 +12,9 @@ from torch import Tensor
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
-from lora_fuse.merging.elementwise import MajoritySign
+from lora_fuse.merging.elementwise import Divisor, MajoritySign
 from lora_fuse.merging.methods import method_of
-from lora_fuse.merging.options import Grams, Options
+from lora_fuse.merging.options import Density, Grams, Options
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.terms import (
     LayerTerm,
@@ -32,7 +32,6 @@ from lora_fuse.merging.terms import (
 )
 
 
-@torch.no_grad()
 def merge(
     adapters: Sources,
     weights: Weights = None,
@@ -43,9 +42,13 @@ def merge(
     dtype: torch.dtype = torch.float32,
     modules_to_save: SavePolicy = "refuse",
     scaling: float | None = None,
-    density: float | None = None,
+    density: Density | None = None,
     majority_sign: MajoritySign | None = None,
-    scope: Literal["global", "layer"] | None = None,
+    divisor: Divisor | None = None,
+    scope: Literal["tensor", "row", "global"] | None = None,
+    seed: int | None = None,
+    gamma: float | None = None,
+    epsilon: float | None = None,
     mean_over: Literal["rank", "min_dim"] | None = None,
     common_fraction: float | None = None,
     grams: Grams | None = None,
@@ -72,6 +75,10 @@ def merge(
         iso_c: the sum with all singular values equal (``mean_over``).
         iso_cts: the same with directions of single adapters added (``common_fraction``, ``mean_over``).
         regmean: least squares on the adapters' own outputs (``grams``, ``off_diagonal``, ``ridge``).
+        ties, magnitude_prune, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties, della, della_linear: each delta is
+            pruned (``density``), the rest summed up, or averaged over those that have the elected sign. The merged
+            delta is dense; it is truncated to ``rank`` (default: as for svd) or ``energy``, with an error at most 1.001
+            times the smallest possible one.
 
     Truncated factors share the singular values evenly: ``lora_b = U sqrt(S)``, ``lora_a = sqrt(S) Vh``. Result layers
     have scaling 1. An adapter with weight 0 takes no part at all, heads included. One adapter with weight 1 comes back
@@ -83,15 +90,24 @@ def merge(
         method: one of the above.
         rank: largest rank of a result layer (all methods but cat).
         energy: share of each layer's squared Frobenius norm to keep, ``0 < energy <= 1``, instead of ``rank``.
-        dtype: of the result's factors and heads; computed in fp64, rounded once (knots_ties: its entries in fp32,
+        dtype: of the result's factors and heads; computed in fp64, rounded once (where entries are pruned: in fp32,
             unless this or the factors are fp64).
         modules_to_save: for a module (a head) that several adapters replace: "refuse", "first", or "average" (by
             weight).
         scaling: factor on the merged deltas and biases (from knots_ties on; default 1).
-        density: share of each adapter's entries that stays, ``0 < density <= 1`` (default 0.2).
-        majority_sign: of an entry: that of the sum of values ("total"), of signs ("frequency") or of weighted values
-            ("weighted").
-        scope: whether ``density`` counts over all of an adapter's layers ("global") or in each ("layer").
+        density: share of each adapter's entries that stays, ``0 < density <= 1``; a number, or one for each, in their
+            order or by name. Default: 0.2 (ties, knots_ties), 0.5 (dare), 0.9 (breadcrumbs), 0.7 (della);
+            magnitude_prune needs it.
+        majority_sign: of an entry: that of the sum of values ("total", the default), of signs ("frequency") or of
+            weighted values ("weighted").
+        divisor: of the mean over the values that have the elected sign: their number ("count", the default), the sum of
+            their weights ("weights") or 1 ("none").
+        scope: whether ``density`` counts in each layer ("tensor"), in each row of a weight ("row"; ties and
+            magnitude_prune) or over all of an adapter's layers ("global"; knots_ties, whose default it is).
+        seed: of dare and della (default 0): a draw hangs on the seed, the layer's path and the adapter's name or
+            position, on nothing else.
+        gamma: share of the largest entries that breadcrumbs leaves out (default 0.01).
+        epsilon: della's entries stay with chances from ``density - epsilon`` to ``density + epsilon`` (default 0.07).
         mean_over: singular values are averaged over the directions there are ("rank") or over ``min(in, out)``.
         common_fraction: share of the directions that come from the sum (default 0.8).
         grams: for each adapter, in their order or by name, ``{module path: [in, in]}``, as ``collect_grams`` returns.
@@ -100,7 +116,8 @@ def merge(
         progress: show a bar on stderr.
 
     Returns:
-        A new ``LoraAdapter``; ``lora_bias`` sums like the deltas. Its config is that of a plain LoRA which PEFT loads.
+        A new ``LoraAdapter``; ``lora_bias`` sums like the deltas, or is pruned and merged like them. Its config is that
+        of a plain LoRA which PEFT loads.
 
     Raises:
         ValueError: unknown method; weights that are not finite, not one per adapter, or all 0; an option that is out of
@@ -119,7 +136,11 @@ def merge(
         scaling=scaling,
         density=density,
         majority_sign=majority_sign,
+        divisor=divisor,
         scope=scope,
+        seed=seed,
+        gamma=gamma,
+        epsilon=epsilon,
         mean_over=mean_over,
         common_fraction=common_fraction,
         grams=grams,
@@ -127,6 +148,15 @@ def merge(
         ridge=ridge,
         dtype=dtype,
     )
+    with torch.no_grad():
+        return merge_adapters(adapters, weights, method, options, modules_to_save, progress)
+
+
+def merge_adapters(
+    adapters: Sources, weights: Weights, method: str, options: Options, modules_to_save: SavePolicy, progress: bool
+) -> LoraAdapter:
+    """``merge`` of adapters with its keywords as ``options``, which say afterwards what truncation kept."""
+    dtype, rank, energy, scaling = options.dtype, options.rank, options.energy, options.scaling
     how = method_of(method, options)
     if method == "uniform" and weights is not None:
         raise ValueError("weights: method 'uniform' weighs every adapter 1 / N; use 'linear' to choose weights")
@@ -158,7 +188,8 @@ def merge(
     for path, parts in track(grouped.items(), f"merge ({method})", progress):
         layer = _unchanged(parts, options) if keep else None
         if layer is None:
-            layer = replace(how.combine(path, parts, options), lora_bias=_summed_bias(parts, options, factor))
+            bias = _summed_bias(parts, options, factor) if how.bias is None else how.bias(path, parts, options)
+            layer = replace(how.combine(path, parts, options), lora_bias=bias)
         for t in layer.tensors():
             if not all_finite(t):
                 raise ValueError(f"layer {path!r}: the merged factors overflow {dtype}; choose a wider dtype")

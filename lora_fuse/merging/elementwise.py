@@ -93,14 +93,6 @@ def disjoint_mean(
     return total
 
 
-def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum_i w_i x_i``, a new tensor."""
-    total = torch.zeros_like(vectors[0])
-    for x, w in zip(vectors, weights, strict=True):
-        total.add_(x, alpha=w)
-    return total
-
-
 def breadcrumbs_mask(x: Tensor, density: float, gamma: float, minus: Tensor | None = None) -> Tensor:
     """Mark ``int(density * n)`` magnitudes: the largest below the ``int(gamma * n)`` outliers at the top.
 
@@ -125,6 +117,29 @@ def _share(k: int, n: int) -> float:
     return min(1.0, (k + 0.5) / n)
 
 
+def keep_probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:
+    """DELLA's chances to stay: in each row from ``density - epsilon`` (smallest magnitude) to ``density + epsilon``.
+
+    They rise evenly with the rank of the magnitude in fp32, from 0 to ``cols - 1``; of equal ones the lowest index
+    ranks highest. A row of one entry gets ``density``.
+
+    Args:
+        x: ``[rows, cols]``.
+    Returns:
+        fp32, ``[rows, cols]``.
+    Source: Deep et al., arXiv:2406.11617.
+    """
+    rows, cols = x.shape
+    if epsilon == 0 or cols == 1:
+        return torch.full((rows, cols), density)
+    size = x.to(torch.float32).abs().contiguous().numpy().view(np.uint32)  # as integers they order alike
+    keys = size.astype(np.uint64) << np.uint64(32) | np.arange(cols - 1, -1, -1, dtype=np.uint64)
+    keys.sort(axis=1)
+    columns = torch.from_numpy((keys & np.uint64(0xFFFFFFFF)).astype(np.int64)).neg_().add_(cols - 1)
+    chances = torch.linspace(density - epsilon, density + epsilon, cols, dtype=torch.float64).to(torch.float32)
+    return torch.empty(rows, cols).scatter_(1, columns, chances.expand(rows, cols))
+
+
 class Stream:
     """Uniform numbers for the entries of one task vector's tensor, a block of rows after another.
 
@@ -134,22 +149,42 @@ class Stream:
     Args:
         seed: what the user gave.
         name: path of the layer, or the parameter's name.
-        position: which of the task vectors.
+        key: which of the task vectors.
     """
 
-    def __init__(self, seed: int, name: str, position: int) -> None:
-        key = hashlib.sha256(f"{seed}\0{position}\0{name}".encode()).digest()
-        words = [int.from_bytes(key[i : i + 4], "little") for i in range(0, len(key), 4)]
+    def __init__(self, seed: int, name: str, key: str) -> None:
+        digest = hashlib.sha256(f"{seed}\0{key}\0{name}".encode()).digest()
+        words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4)]
         self._bits = np.random.SFC64(np.random.SeedSequence(words))
 
-    def uniform(self, rows: int, cols: int) -> Tensor:
-        """The next ``[rows, cols]`` as int64 from 0 to ``2**32 - 1``."""
-        words = np.asarray(self._bits.random_raw(rows * -(-cols // 2)), dtype="<u8").view("<u4")
-        return torch.from_numpy(words.reshape(rows, -1)[:, :cols].astype(np.int64))
+    def keep(self, rows: int, cols: int, probability: float | Tensor) -> Tensor:
+        """Draw for the next ``[rows, cols]``: true with ``probability``, rounded to a multiple of 2**-32.
 
-    def keep(self, rows: int, cols: int, probability: float) -> Tensor:
-        """The next ``[rows, cols]`` draws that come out true with ``probability``, rounded to a multiple of 2**-32."""
+        Args:
+            probability: one, or ``[rows, cols]``.
+        """
         words = np.asarray(self._bits.random_raw(rows * -(-cols // 2)), dtype="<u8").view("<u4")
+        numbers = words.reshape(rows, -1)[:, :cols]
+        if isinstance(probability, Tensor):
+            limits = probability.to(torch.float64).mul_(2.0**32).round_().numpy()
+            return torch.from_numpy(numbers < limits)
         limit = round(probability * 2**32)
-        kept = words.reshape(rows, -1)[:, :cols] < limit if limit < 2**32 else np.ones((rows, cols), dtype=bool)
-        return torch.from_numpy(np.ascontiguousarray(kept))
+        return (
+            torch.from_numpy(numbers < np.uint32(limit)) if limit < 2**32 else torch.ones(rows, cols, dtype=torch.bool)
+        )
+
+
+class PackedMask:
+    """A mask at a bit per entry.
+
+    Args:
+        mask: bool, ``[rows, cols]``.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self._cols = mask.shape[1]
+        self._bits = np.packbits(mask.numpy(), axis=1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """bool, ``[stop - start, cols]``."""
+        return torch.from_numpy(np.unpackbits(self._bits[start:stop], axis=1, count=self._cols).view(np.bool_))

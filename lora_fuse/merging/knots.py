@@ -79,7 +79,7 @@ def knots_ties(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraL
 
 def prepare(terms: Sequence[Term], layers: Mapping[str, Sequence[LayerTerm]], options: Options) -> Options:
     """Find each adapter's threshold over all its layers, unless each layer has its own."""
-    if options.scope == "layer" or options.density == 1.0:
+    if options.scope == "tensor" or options.density == 1.0:
         return options
     bases = {path: _basis(parts, _left(parts)[1]) for path, parts in layers.items()}
     thresholds = _thresholds([(parts, bases[path]) for path, parts in layers.items()], options)
@@ -123,7 +123,7 @@ def _thresholds(layers: Sequence[tuple[Sequence[LayerTerm], _Basis]], options: O
     A sample of columns gives a bracket for each; one pass over all entries counts what lies above it and collects what
     lies inside, which is a few per cent.
     """
-    density = DENSITY if options.density is None else options.density
+    density = DENSITY if options.density is None else options.densities[0]
     sizes: dict[str, int] = {}
     for parts, basis in layers:
         for part in parts:

@@ -23,7 +23,7 @@ def linear(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer
     full = min(layer.lora_b.shape[0], layer.lora_a[0].numel())
     if options.energy is None and total <= (full if options.rank is None else options.rank):
         return cat(path, parts, options)
-    return from_svd(svd_of(parts, options.rank, options.energy, options.dtype), layer, options.dtype)
+    return _truncated(path, parts, options.rank, options)
 
 
 def cat(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
@@ -38,7 +38,13 @@ def svd(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
     rank = options.rank
     if rank is None and options.energy is None:
         rank = max(p.layer.rank for p in parts)
-    return from_svd(svd_of(parts, rank, options.energy, options.dtype), parts[0].layer, options.dtype)
+    return _truncated(path, parts, rank, options)
+
+
+def _truncated(path: str, parts: Sequence[LayerTerm], rank: int | None, options: Options) -> LoraLayer:
+    found = svd_of(parts, rank, options.energy, options.dtype)
+    options.kept[path] = float(found.norm), float(found.residual)
+    return from_svd(found, parts[0].layer, options.dtype)
 
 
 def factor_average(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
+from torch import Tensor
+
 from lora_fuse.adapters.lora import LoraLayer
-from lora_fuse.merging import knots, linear, regmean, subspace
+from lora_fuse.merging import knots, linear, regmean, sparsify, subspace
 from lora_fuse.merging.options import Options
+from lora_fuse.merging.rules import RULES, Rule
 from lora_fuse.merging.terms import LayerTerm, Term
 
 # (module path, the parts of that layer, options) -> the merged layer, without its bias
@@ -28,6 +31,8 @@ class Method:
         keeps_one: whether one adapter of weight 1 comes back with its own factors, as far as the options go (rank,
             energy and scaling need no thought here).
         averages: whether weights are shares of a mean; so biases are averaged too, not summed.
+        scopes: what it takes as ``scope``.
+        bias: merges the ``lora_bias`` of a layer; None: they are summed up with the weights.
     """
 
     combine: Combine
@@ -35,6 +40,8 @@ class Method:
     prepare: Callable[[Sequence[Term], Layers, Options], Options] | None = None
     keeps_one: Callable[[Options], bool] = lambda options: True
     averages: bool = False
+    scopes: tuple[str, ...] = ()
+    bias: Callable[[str, Sequence[LayerTerm], Options], Tensor | None] | None = None
 
 
 _TRUNCATION = frozenset({"rank", "energy"})
@@ -50,6 +57,7 @@ METHODS: dict[str, Method] = {
         _SCALED | {"density", "majority_sign", "scope"},
         prepare=knots.prepare,
         keeps_one=lambda options: options.density == 1.0,
+        scopes=("tensor", "global"),
     ),
     "tsv": Method(subspace.tsv, _SCALED),
     "iso_c": Method(subspace.iso_c, _SCALED | {"mean_over"}, keeps_one=lambda options: False),
@@ -58,6 +66,20 @@ METHODS: dict[str, Method] = {
         regmean.regmean, _SCALED | {"grams", "off_diagonal", "ridge"}, prepare=regmean.prepare, averages=True
     ),
 }
+
+
+def _entry_by_entry(name: str, rule: Rule) -> Method:
+    return Method(
+        sparsify.sparsified,
+        _TRUNCATION | rule.takes,
+        prepare=lambda terms, layers, options: sparsify.prepare(name, terms, options),
+        keeps_one=lambda options: sparsify.keeps_all(rule, options),
+        scopes=("tensor", "row"),
+        bias=sparsify.sparsified_bias,
+    )
+
+
+METHODS.update((name, _entry_by_entry(name, rule)) for name, rule in RULES.items() if name not in METHODS)
 
 
 def method_of(name: str, options: Options) -> Method:
@@ -69,9 +91,18 @@ def method_of(name: str, options: Options) -> Method:
     if name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
-    for field in fields(options):
-        if field.name in ("dtype", "state") or getattr(options, field.name) is None or field.name in method.takes:
-            continue
-        able = [other for other, m in METHODS.items() if field.name in m.takes]
-        raise ValueError(f"{field.name}: method {name!r} does not take it; {', '.join(able)} do")
+    _check_taken(name, options, {other: m.takes for other, m in METHODS.items()}, method.scopes)
+    if name not in RULES and not isinstance(options.density, (int, float, type(None))):
+        raise ValueError(f"density: method {name!r} takes one number for all adapters, got {options.density!r}")
     return method
+
+
+def _check_taken(name: str, options: Options, takes: Mapping[str, frozenset[str]], scopes: tuple[str, ...]) -> None:
+    for field in fields(options):
+        if field.name in ("dtype", "state", "kept") or getattr(options, field.name) is None:
+            continue
+        if field.name not in takes[name]:
+            able = ", ".join(other for other in takes if field.name in takes[other])
+            raise ValueError(f"{field.name}: method {name!r} does not take it; {f'{able} do' if able else 'none does'}")
+    if options.scope is not None and options.scope not in scopes:
+        raise ValueError(f"scope: method {name!r} takes {', '.join(scopes)}, got {options.scope!r}")

@@ -40,6 +40,7 @@ class LayerTerm:
     name: str
     layer: LoraLayer
     weight: float
+    key: str = ""
 
     @property
     def coef(self) -> float:
@@ -174,7 +175,7 @@ def layer_terms(terms: Sequence[Term]) -> dict[str, list[LayerTerm]]:
     grouped: dict[str, list[LayerTerm]] = {}
     for term in terms:
         for path, layer in term.adapter.layers.items():
-            grouped.setdefault(path, []).append(LayerTerm(term.name, layer, term.weight))
+            grouped.setdefault(path, []).append(LayerTerm(term.name, layer, term.weight, term.key))
     for path, parts in grouped.items():
         first = parts[0]
         for part in parts:

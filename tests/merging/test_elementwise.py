@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_fuse import reference
 from lora_fuse.merging import elementwise
 
 SHAPES = [(24, 40), (1, 7), (9,), (3, 5, 2, 2)]
@@ -91,23 +92,43 @@ def test_breadcrumbs_keeps_the_middle(n: int, density: float, gamma: float) -> N
 
 
 def test_a_stream_hangs_on_its_key_and_not_on_how_it_is_cut() -> None:
-    def draw(*cuts: int, key: tuple[int, str, int] = (3, "layer", 1), cols: int = 7) -> Tensor:
+    def draw(*cuts: int, key: tuple[int, str, str] = (3, "layer", "1"), cols: int = 7) -> Tensor:
         stream = elementwise.Stream(*key)
-        return torch.cat([stream.uniform(rows, cols) for rows in cuts])
+        return torch.cat([stream.keep(rows, cols, 0.4) for rows in cuts])
 
     whole = draw(12)
     assert torch.equal(whole, draw(5, 1, 6))
-    others = [(4, "layer", 1), (3, "layer", 2), (3, "layers", 1)]
-    assert all(not torch.equal(whole, draw(12, key=key)) for key in others)
-    assert whole.min() >= 0
-    assert whole.max() < 2**32
+    assert torch.equal(whole, reference.random_numbers(3, "layer", "1", 12, 7) < round(0.4 * 2**32))
+    for key in [(4, "layer", "1"), (3, "layer", "2"), (3, "layers", "1")]:
+        assert not torch.equal(whole, draw(12, key=key))
 
 
 def test_a_stream_keeps_the_share_it_is_asked_for() -> None:
     for probability in (0.0, 0.1, 0.5, 1.0):
-        kept = elementwise.Stream(0, "x", 0).keep(200, 501, probability)
-        assert (
-            abs(kept.double().mean() - probability) < 4 * (probability * (1 - probability) / kept.numel()) ** 0.5 + 1e-9
-        )
-    numbers = elementwise.Stream(0, "x", 0).uniform(200, 501)
-    assert torch.equal(numbers < 0.5 * 2**32, elementwise.Stream(0, "x", 0).keep(200, 501, 0.5))
+        kept = elementwise.Stream(0, "x", "0").keep(200, 501, probability)
+        spread = (probability * (1 - probability) / kept.numel()) ** 0.5
+        assert abs(kept.double().mean() - probability) <= 4 * spread
+        same = elementwise.Stream(0, "x", "0").keep(200, 501, torch.full((200, 501), probability))
+        assert torch.equal(kept, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cols", [1, 2, 37])
+def test_larger_entries_of_a_row_have_better_chances(cols: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, cols, dtype=dtype)
+    x[:, ::3] = x[:, :1].clone()  # equal magnitudes
+    chances = elementwise.keep_probabilities(x, 0.6, 0.1)
+    if cols == 1:
+        assert torch.equal(chances, torch.full((5, 1), 0.6))
+        return
+    for row, chance in zip(x.abs().tolist(), chances.tolist(), strict=True):
+        order = sorted(range(cols), key=lambda j: (row[j], -j))
+        assert [chance[j] for j in order] == pytest.approx([0.5 + 0.2 * i / (cols - 1) for i in range(cols)])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 13), (2, 0)])
+def test_packed_masks_unpack(shape: tuple[int, int]) -> None:
+    mask = torch.rand(shape) < 0.5
+    packed = elementwise.PackedMask(mask)
+    assert torch.equal(packed.rows(0, shape[0]), mask)
+    assert torch.equal(packed.rows(1, 2), mask[1:2])

@@ -50,7 +50,7 @@ def naive(method: str, adapters: Adapters, weights: list[float], **options: Any)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "knots_ties": ("knots_ties", {}),
-    "knots_layer": ("knots_ties", {"scope": "layer", "density": 0.3}),
+    "knots_layer": ("knots_ties", {"scope": "tensor", "density": 0.3}),
     "knots_frequency": ("knots_ties", {"majority_sign": "frequency", "density": 0.9}),
     "knots_untrimmed": ("knots_ties", {"density": 1.0}),
     "tsv": ("tsv", {}),
@@ -360,7 +360,12 @@ ROWS = replace(A, trainable_tokens={"emb": (torch.tensor([1]), torch.ones(1, 2))
         ([A, B], {"method": "iso_cts", "common_fraction": 1.5}, ValueError, "0 <= common_fraction <= 1, got 1.5"),
         ([A, B], {"method": "knots_ties", "density": 0.0}, ValueError, "0 < density <= 1, got 0.0"),
         ([A, B], {"method": "knots_ties", "density": "0.2"}, TypeError, "density: .* got '0.2'"),
-        ([A, B], {"method": "knots_ties", "scope": "row"}, ValueError, "scope: expected one of global, layer"),
+        (
+            [A, B],
+            {"method": "knots_ties", "scope": "row"},
+            ValueError,
+            "scope: method 'knots_ties' takes tensor, global",
+        ),
         ([A, B], {"method": "knots_ties", "majority_sign": "all"}, ValueError, "majority_sign: expected one of"),
         (
             [A, B],
