@@ -11,6 +11,7 @@ from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.adapters.sparse_pool import SparsePool
+from lora_fuse.compress.extract import extract
 from lora_fuse.compress.joint import JointBank, joint_compress
 from lora_fuse.compress.joint_files import load_joint
 from lora_fuse.compress.peru_fft import Peru, peru_fft
@@ -46,6 +47,7 @@ __all__ = [
     "attach",
     "collect_grams",
     "detach",
+    "extract",
     "functional",
     "fuse",
     "head_sizes",

@@ -27,7 +27,7 @@ from lora_fuse.compress import peru_fft
 from lora_fuse.merging.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["inspect", "merge", "fuse", "compress", "peru-fft", "demo", "bench"]
+COMMANDS = ["inspect", "merge", "fuse", "compress", "peru-fft", "demo", "extract", "bench"]
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def stored_transposed(
         return weight.shape != layer.weight_shape
     model_type = checkpoint.config.get("model_type")
     if model_type in _CONV1D_MODELS:
-        return path.rpartition(".")[2] in _CONV1D_NAMES
+        return is_conv1d(checkpoint.config, path)
     if not adapter.config.get("fan_in_fan_out", False):
         return False
     seen = set(_orientations(adapter.layers, checkpoint))
@@ -172,6 +172,11 @@ def stored_transposed(
         f"but model_type {model_type!r} is not known to store weights [in, out]; set fan_in_fan_out in "
         "adapter_config.json to what is true of this model"
     )
+
+
+def is_conv1d(config: Mapping[str, Any], path: str) -> bool:
+    """Whether transformers builds a Conv1D, with its weight ``[in, out]``, for this path of a model of this config."""
+    return config.get("model_type") in _CONV1D_MODELS and path.rpartition(".")[2] in _CONV1D_NAMES
 
 
 def _orientations(layers: Mapping[str, LoraLayer], checkpoint: Checkpoint) -> Iterator[bool]:

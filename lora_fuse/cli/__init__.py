@@ -15,6 +15,7 @@ from lora_fuse.cli import compress, demo, fuse, inspect, merge
         "lora-fuse inspect loras/sql",
         "lora-fuse merge loras/sql:0.7 loras/math:0.3 --method svd --rank 32 -o merged",
         "lora-fuse fuse llama-3.2-1b loras/sql -o llama-sql",
+        "lora-fuse extract llama-3.2-1b llama-3.2-1b-sql --rank 64 -o sql-lora",
         "lora-fuse peru-fft minilm mnli=minilm-mnli sst2=minilm-sst2 -o peru",
     ),
 )
@@ -29,6 +30,7 @@ for _command in (
     merge.merge,
     fuse.fuse,
     compress.compress,
+    compress.extract,
     compress.peru_fft,
     demo.demo,
     demo.bench,

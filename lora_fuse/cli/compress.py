@@ -1,11 +1,11 @@
-"""``lora-fuse compress`` and ``lora-fuse peru-fft``: fine-tunes made small."""
+"""``lora-fuse compress``, ``extract`` and ``peru-fft``: fine-tunes made small."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from lora_fuse._terminal import (
     user_errors,
 )
 from lora_fuse.cli.options import DTYPE, output, overwrite_flag, rank_text, torch_dtype
+
+if TYPE_CHECKING:
+    from lora_fuse.compress.extract import ExtractReport
 
 PERU_MERGES = ("task_arithmetic", "average", "ties")
 PERU_SCOPES = ("global", "tensor", "row")
@@ -74,6 +77,89 @@ def compress(
     saved = f"{1 - whole.nbytes_after / max(1, whole.nbytes_before):.0%}"
     table.add_row(str(out), "", f"{whole.energy:.2%}", "", sizes, saved, style="bold")
     stdout().print(table)
+
+
+@click.command(
+    short_help="Make a LoRA adapter of a full fine-tune.",
+    epilog=example("lora-fuse extract minilm minilm-mnli --rank 64 --modules-to-save classifier -o mnli-lora"),
+)
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("finetuned", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, help="Largest rank of a layer; default: 64.")
+@click.option("--energy", type=float, help="Share of each layer's squared norm to keep, instead of --rank.")
+@click.option("--targets", multiple=True, metavar="NAME", help="Modules to factor, by name or end of path.")
+@click.option("--modules-to-save", multiple=True, metavar="NAME", help="Modules to copy whole, such as 'classifier'.")
+@click.option("--prefix", default="", help="Before the names of BASE, such as 'bert.' for an encoder without heads.")
+@click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="Of the factors and copies.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
+@output
+@overwrite_flag
+def extract(
+    base: Path,
+    finetuned: Path,
+    rank: int | None,
+    energy: float | None,
+    targets: tuple[str, ...],
+    modules_to_save: tuple[str, ...],
+    prefix: str,
+    dtype: str,
+    seed: int,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """Approximate the full fine-tune FINETUNED of the model BASE by a LoRA adapter that PEFT loads.
+
+    Both are model folders or safetensors files. Without --targets every linear layer that changed gets factors; what
+    changed besides is listed. Give --targets and --modules-to-save several times for several.
+    """
+    with user_errors():
+        from lora_fuse.checkpoints.output import check_output, staged_folder
+        from lora_fuse.compress.extract import extract as make_adapter
+
+        sources = local_paths([str(base), str(finetuned)])
+        check_output(out, overwrite, sources)
+        adapter = make_adapter(
+            base,
+            finetuned,
+            rank,
+            energy=energy,
+            targets=list(targets) or None,
+            modules_to_save=list(modules_to_save) or None,
+            prefix=prefix,
+            dtype=torch_dtype(dtype),  # type: ignore[arg-type]
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+        with staged_folder(out, overwrite, sources) as stage:
+            adapter.save_pretrained(stage)
+    report = adapter.report
+    table = new_table("layers", "rank", "energy kept", "copied whole", "size")
+    kinds: dict[str, list[str]] = {}
+    for path in report.layers:
+        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+    for kind, paths in kinds.items():
+        layers = [report.layers[path] for path in paths]
+        low, high = min(layer.rank for layer in layers), max(layer.rank for layer in layers)
+        total = sum(layer.squared_norm for layer in layers)
+        kept = 1 - sum(layer.squared_error for layer in layers) / total
+        nbytes = sum(t.nbytes for path in paths for t in adapter.layers[path].tensors())
+        ranks = str(low) if low == high else f"{low}-{high}"
+        table.add_row(f"{len(paths)} x {kind}", ranks, f"{kept:.2%}", "", size_text(nbytes))
+    copied = ", ".join(report.saved) or "-"
+    table.add_row(str(out), rank_text(adapter), f"{report.energy:.2%}", copied, size_text(adapter.nbytes), style="bold")
+    stdout().print(table)
+    _print_uncovered(report)
+
+
+def _print_uncovered(report: ExtractReport) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, left in report.uncovered.items():
+        by_reason.setdefault(left.reason, []).append(name)
+    if by_reason:
+        click.echo(f"Changed, but not in the adapter: {len(report.uncovered)} tensors", err=True)
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        click.echo(f"  {reason}: {shown}", err=True)
 
 
 @click.command(

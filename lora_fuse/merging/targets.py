@@ -42,7 +42,7 @@ def is_transposed(path: str, module: nn.Module, layer: LoraLayer) -> bool:
         stored, transposed, fits = "conv2d", False, layer.kind == "conv2d"
     elif isinstance(module, nn.Linear):
         stored, transposed, fits = "linear", False, layer.kind == "linear"
-    elif _is_hf_conv1d(module):
+    elif is_hf_conv1d(module):
         stored, transposed, fits = "linear", True, layer.kind == "linear"
     else:
         raise ValueError(
@@ -52,7 +52,7 @@ def is_transposed(path: str, module: nn.Module, layer: LoraLayer) -> bool:
     if not fits:
         raise ValueError(f"layer {path!r}: the adapter has {layer.kind} factors, the model has a {kind} ({stored})")
     weight = writable(path, module, "weight")
-    shape = layer.weight_shape[::-1] if _is_hf_conv1d(module) else layer.weight_shape
+    shape = layer.weight_shape[::-1] if is_hf_conv1d(module) else layer.weight_shape
     if tuple(weight.shape) != shape:
         groups = getattr(module, "groups", 1)
         hint = f" ({kind} has groups={groups}, which is not supported)" if groups != 1 else ""
@@ -63,7 +63,7 @@ def is_transposed(path: str, module: nn.Module, layer: LoraLayer) -> bool:
     return transposed
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
+def is_hf_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D or something derived from it, known by name so that transformers need not be imported."""
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
