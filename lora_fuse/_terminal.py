@@ -82,6 +82,21 @@ class SizeType(click.ParamType):
         return size
 
 
+class BudgetType(click.ParamType):
+    """A share, ``25%`` or ``0.25``, as a float; a number of parameters, ``200000``, as an integer."""
+
+    name = "BUDGET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        text = str(value).strip()
+        try:
+            if text.endswith("%"):
+                return float(text[:-1]) / 100
+            return float(text) if "." in text else int(text)
+        except ValueError:
+            self.fail(f"{value!r} is no budget; write for example 25% or a number of parameters", param, ctx)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Errors of the input as one message on stderr and exit code 2; warnings as one line each."""

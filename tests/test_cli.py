@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ import lora_fuse as lf
 from lora_fuse import cli
 from lora_fuse._terminal import SizeType, Spec, parse_spec, size_text
 from lora_fuse.adapters.lora import LoraLayer
-from lora_fuse.compress import peru_fft
+from lora_fuse.compress import peru_fft, peru_lora
 from lora_fuse.merging.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +87,7 @@ def test_every_command_is_there_and_the_version() -> None:
     assert sorted(cli.main.commands) == sorted(COMMANDS)
     assert succeed("--version").stdout == f"lora-fuse, version {lf.__version__}\n"
     assert set(cli.merge.METHODS) == set(METHODS) - {"regmean"}  # which needs Gram matrices
+    assert get_args(peru_lora.Spread) == cli.compress.PERU_LORA_SPREADS
     assert (cli.compress.PERU_MERGES, cli.compress.PERU_SCOPES) == (peru_fft.MERGES, peru_fft.SCOPES)
 
 
@@ -241,11 +242,12 @@ def test_merge_uniform_and_heads(files: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(*saved)
 
 
-@pytest.mark.parametrize("option", [["--rank", "2"], ["--energy", "0.8"]], ids=str)
+@pytest.mark.parametrize("option", [["--rank", "2"], ["--energy", "0.8"], ["--budget", "50%"]], ids=str)
 def test_compress(files: Path, tmp_path: Path, option: list[str]) -> None:
     result = succeed("compress", files / "a", files / "b", *option, "-o", tmp_path / "out")
     key = option[0].removeprefix("--")
-    expected = lf.peru_lora({n: files / n for n in "ab"}, **{key: float(option[1]) if key == "energy" else 2})
+    value: Any = {"rank": 2, "energy": 0.8, "budget": 0.5}[key]
+    expected = lf.peru_lora({n: files / n for n in "ab"}, **{key: value})
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]
     for name, adapter in expected.items():
         written = lf.load_adapter(tmp_path / "out" / name)
@@ -320,8 +322,8 @@ def test_peru_fft(files: Path, tmp_path: Path) -> None:
         ("fuse {f}/base {f}/a --max-shard-size 0 -o {o}", "is not a size"),
         ("fuse {f}/base {f}/a --dtype int8 -o {o}", "int8"),
         ("fuse {f}/base -o {o}", "ADAPTER"),
-        ("compress {f}/a -o {o}", "--rank and --energy"),
-        ("compress {f}/a --rank 2 --energy 0.5 -o {o}", "--rank and --energy"),
+        ("compress {f}/a -o {o}", "--rank, --energy and --budget"),
+        ("compress {f}/a --rank 2 --energy 0.5 -o {o}", "--rank, --energy and --budget"),
         ("compress {f}/a {f}/a --rank 2 -o {o}", "two are called 'a'"),
         ("compress {f}/a --energy 1.5 -o {o}", "energy"),
         ("peru-fft {f}/base sql={f}/tuned1 --density 0 --heads score -o {o}", "density: expected 0 < density <= 1"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_fuse._terminal import (
+    BudgetType,
     NamedPathType,
     busy,
     example,
@@ -25,22 +26,46 @@ from lora_fuse.cli.options import DTYPE, output, overwrite_flag, rank_text, torc
 if TYPE_CHECKING:
     from lora_fuse.compress.extract import ExtractReport
 
+PERU_LORA_SPREADS = ("layer", "adapter")
 PERU_MERGES = ("task_arithmetic", "average", "ties")
 PERU_SCOPES = ("global", "tensor", "row")
 
 
 @click.command(
     short_help="Truncate adapters to a smaller rank (PERU-LoRA).",
-    epilog=example("lora-fuse compress loras/sql loras/math --rank 4 -o small"),
+    epilog=example(
+        "lora-fuse compress loras/sql loras/math --rank 4 -o small",
+        "lora-fuse compress loras/sql --budget 25% -o small",
+    ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--rank", type=int, help="Largest rank to keep.")
 @click.option("--energy", type=float, help="Share of each layer's squared norm to keep, instead of --rank.")
+@click.option(
+    "--budget",
+    type=BudgetType(),
+    help="Instead: parameters of each adapter's factors, such as 25% (of what they have) or 200000, spread over its "
+    "layers where they save most error.",
+)
+@click.option(
+    "--spread",
+    type=click.Choice(PERU_LORA_SPREADS),
+    default="layer",
+    show_default=True,
+    help="adapter: --energy holds for all layers together.",
+)
 @click.option("--dtype", type=DTYPE, help="Of the factors; default: as they came.")
 @output
 @overwrite_flag
 def compress(
-    adapters: tuple[str, ...], rank: int | None, energy: float | None, dtype: str | None, out: Path, overwrite: bool
+    adapters: tuple[str, ...],
+    rank: int | None,
+    energy: float | None,
+    budget: float | int | None,
+    spread: Any,
+    dtype: str | None,
+    out: Path,
+    overwrite: bool,
 ) -> None:
     """Truncate each ADAPTER to a smaller rank (PERU-LoRA): one folder per adapter under OUT."""
     with user_errors():
@@ -48,8 +73,8 @@ def compress(
         from lora_fuse.checkpoints.output import check_output, staged_folder
         from lora_fuse.compress.peru_lora import peru_lora
 
-        if (rank is None) == (energy is None):
-            raise click.UsageError("give one of --rank and --energy")
+        if sum(value is not None for value in (rank, energy, budget)) != 1:
+            raise click.UsageError("give one of --rank, --energy and --budget")
         sources = local_paths(adapters)
         check_output(out, overwrite, sources)
         names = [Path(os.path.abspath(a)).name.removesuffix(".safetensors") for a in adapters]
@@ -57,7 +82,15 @@ def compress(
             raise ValueError(f"adapters: two are called {twice!r}, and each gets a folder of its name under {out}")
         with busy("reading"):
             loaded = {name: load_adapter(source) for name, source in zip(names, adapters, strict=True)}
-        small = peru_lora(loaded, rank, energy=energy, dtype=torch_dtype(dtype), progress=sys.stderr.isatty())
+        small = peru_lora(
+            loaded,
+            rank,
+            energy=energy,
+            budget=budget,
+            spread=spread,
+            dtype=torch_dtype(dtype),
+            progress=sys.stderr.isatty(),
+        )
         with staged_folder(out, overwrite, sources) as stage:
             for name, adapter in small.items():
                 adapter.save_pretrained(stage / name)

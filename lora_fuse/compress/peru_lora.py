@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
+from lora_fuse.compress.budget import ranks_keeping, ranks_within
+from lora_fuse.functional import LowRankSVD
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
 from lora_fuse.merging.linear import from_svd, svd_of
 from lora_fuse.merging.progress import track
@@ -22,6 +25,8 @@ from lora_fuse.merging.terms import (
     layer_terms,
     load_sources,
 )
+
+Spread: TypeAlias = Literal["layer", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def peru_lora(
     rank: int | None = None,
     *,
     energy: float | None = None,
+    budget: float | int | None = None,
+    spread: Spread = "layer",
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressedAdapters:
@@ -119,8 +126,14 @@ def peru_lora(
     Args:
         adapters: a dict name -> adapter, or a list (then the names are "0", "1", ...); an entry may be a path.
         rank: largest rank to keep, q.
-        energy: instead of ``rank``: in each layer, the fewest directions that keep this share of its squared Frobenius
-            norm, ``0 < energy <= 1``.
+        energy: instead of ``rank``: the fewest directions that keep this share of the squared Frobenius norm,
+            ``0 < energy <= 1``, as ``spread`` says of each layer or of each adapter.
+        budget: instead of both: what each adapter's factors may take in all, a float for a share of the parameters that
+            they have, ``0 < budget <= 1``, an integer for a number of parameters. It goes to the layers where it leaves
+            the least squared error, never more than one rank for all layers would leave at that cost.
+        spread: "layer": ``energy`` holds for each layer. "adapter": for an adapter's layers together, at the least
+            cost. Where one budget or energy is spread, a layer in which little happens may get no direction: it is left
+            out (one with a ``lora_bias`` keeps one).
         dtype: of the factors. None: as they came. Computed in fp64, rounded once.
         progress: show a bar on stderr.
 
@@ -129,14 +142,13 @@ def peru_lora(
         and bytes before and after. Truncated layers have scaling 1.
 
     Raises:
-        ValueError: neither or both of rank and energy; an adapter uses DoRA, whose magnitudes belong to the product
+        ValueError: none or several of rank, energy and budget, or one out of range; a budget below one direction, or
+            below one for each layer with a ``lora_bias``; an adapter uses DoRA, whose magnitudes belong to the product
             as it is; factors that are not finite or do not fit each other.
 
     Source: Jiang et al., arXiv:2310.01886, PERU-LoRA (BYOM-LoRA in its third version).
     """
-    check_truncation(rank, energy)
-    if rank is None and energy is None:
-        raise ValueError("rank, energy: give one of the two, for example rank=4 or energy=0.9")
+    _check_options(rank, energy, budget, spread)
     if dtype is not None:
         check_dtype(dtype)
     sources = load_sources(adapters)
@@ -153,24 +165,92 @@ def peru_lora(
 
     layers: dict[str, dict[str, LoraLayer]] = {name: {} for name in sources}
     kept: dict[str, dict[str, LayerReport]] = {name: {} for name in sources}
-    work = [(name, path, layer) for name, adapter in sources.items() for path, layer in adapter.layers.items()]
+    together = budget is not None or spread == "adapter"
+    work = (
+        []
+        if together
+        else [(name, path, layer) for name, adapter in sources.items() for path, layer in adapter.layers.items()]
+    )
     for name, path, layer in track(work, "compress", progress):
-        layers[name][path], kept[name][path] = _truncate(name, path, layer, rank, energy, dtype)
+        svd = None
+        if rank is None or rank < layer.rank:
+            svd = svd_of([LayerTerm(name, layer, 1.0)], rank, energy, dtype or layer.lora_a.dtype)
+        layers[name][path], kept[name][path] = _truncated(name, path, layer, svd, dtype)
+    for name, adapter in track(list(sources.items()) if together else [], "compress", progress):
+        for path, cut in _spread(name, adapter, energy, budget).items():
+            layer = adapter.layers[path]
+            small_layer, kept[name][path] = _truncated(name, path, layer, cut, dtype)
+            if small_layer.rank > 0:
+                layers[name][path] = small_layer
     small = {name: _with_layers(adapter, layers[name]) for name, adapter in sources.items()}
     reports = {n: AdapterReport(kept[n], adapter.nbytes, small[n].nbytes) for n, adapter in sources.items()}
     return CompressedAdapters(small, CompressionReport(reports))
 
 
-def _truncate(
-    name: str, path: str, layer: LoraLayer, rank: int | None, energy: float | None, dtype: torch.dtype | None
+def _check_options(rank: int | None, energy: float | None, budget: float | int | None, spread: Spread) -> None:
+    given = [f"{n}={v}" for n, v in (("rank", rank), ("energy", energy), ("budget", budget)) if v is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise ValueError(f"rank, energy, budget: give one of the three, for example rank=4 or energy=0.9, got {got}")
+    check_truncation(rank, energy)
+    if budget is not None:
+        whole = isinstance(budget, int) and not isinstance(budget, bool)
+        if not whole and not isinstance(budget, float):
+            raise TypeError(f"budget: expected a share (float) or a number of parameters (int), got {budget!r}")
+        if budget <= 0 or (not whole and not budget <= 1.0):
+            raise ValueError(f"budget: expected 0 < budget <= 1, or an integer of at least 1, got {budget!r}")
+    if spread not in ("layer", "adapter"):
+        raise ValueError(f"spread: expected 'layer' or 'adapter', got {spread!r}")
+    if spread == "adapter" and rank is not None:
+        raise ValueError("spread: a rank holds for each layer; give budget= or energy= to spread it")
+
+
+def _spread(
+    name: str, adapter: LoraAdapter, energy: float | None, budget: float | int | None
+) -> dict[str, LowRankSVD | None]:
+    """Layer by layer, the truncated SVD under one budget or energy for all; None where all directions stay."""
+    layers = adapter.layers
+    svds = {path: svd_of([LayerTerm(name, layer, 1.0)], None, None, torch.float64) for path, layer in layers.items()}
+    costs = [layer.lora_b.shape[0] + layer.lora_a[0].numel() for layer in layers.values()]
+    squares = [svd.S.square() for svd in svds.values()]
+    least = [int(layer.lora_bias is not None) for layer in layers.values()]
+    if budget is None:
+        assert energy is not None
+        ranks = ranks_keeping(squares, costs, energy)
+    else:
+        has = sum(layer.rank * cost for layer, cost in zip(layers.values(), costs, strict=True))
+        allowed = budget if isinstance(budget, int) else int(budget * has + 0.5)
+        needs = sum(floor * cost for floor, cost in zip(least, costs, strict=True)) or min(costs, default=0)
+        if allowed < needs:
+            raise ValueError(
+                f"budget: adapter {name!r}: {allowed:,} parameters, but the least that it can do with is {needs:,}"
+            )
+        rest = [s[floor:] for s, floor in zip(squares, least, strict=True)]
+        more = ranks_within(rest, costs, allowed - sum(f * c for f, c in zip(least, costs, strict=True)))
+        ranks = [floor + rank for floor, rank in zip(least, more, strict=True)]
+    ranks = [max(floor, rank) for floor, rank in zip(least, ranks, strict=True)]
+    cut: dict[str, LowRankSVD | None] = {}
+    for (path, svd), rank in zip(svds.items(), ranks, strict=True):
+        cut[path] = None if rank >= layers[path].rank else _first(svd, rank)
+    return cut
+
+
+def _first(svd: LowRankSVD, rank: int) -> LowRankSVD:
+    short = LowRankSVD(svd.U[:, :rank], svd.S[:rank], svd.Vh[:rank])
+    short.norm, short.residual = svd.norm, torch.linalg.vector_norm(svd.S[rank:])
+    return short
+
+
+def _truncated(
+    name: str, path: str, layer: LoraLayer, svd: LowRankSVD | None, dtype: torch.dtype | None
 ) -> tuple[LoraLayer, LayerReport]:
+    """The layer from ``svd``, or as it was where that is None."""
     dtype = layer.lora_a.dtype if dtype is None else dtype
     bias = layer.lora_bias
-    if rank is not None and rank >= layer.rank:
+    if svd is None:
         small = replace(layer, lora_a=layer.lora_a.to(dtype), lora_b=layer.lora_b.to(dtype))
         norm, residual = _norm(layer), 0.0
     else:
-        svd = svd_of([LayerTerm(name, layer, 1.0)], rank, energy, dtype)
         small, norm, residual = from_svd(svd, layer, dtype), float(svd.norm), float(svd.residual)
         bias = None if bias is None else bias.to(torch.float64) * layer.scaling  # the new scaling is 1
     small = replace(small, lora_bias=None if bias is None else bias.to(dtype))

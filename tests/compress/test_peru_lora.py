@@ -82,6 +82,97 @@ def test_report_adds_up() -> None:
     assert f"{report.nbytes_before:,} -> {report.nbytes_after:,}" in lines[-1]
 
 
+def _cost(layer: LoraLayer) -> int:
+    return layer.lora_b.shape[0] + layer.lora_a[0].numel()
+
+
+def _spectra(adapter: lf.LoraAdapter) -> dict[str, Tensor]:
+    return {path: torch.linalg.svdvals(flat(layer)).square()[: layer.rank] for path, layer in adapter.layers.items()}
+
+
+def _uneven() -> lf.LoraAdapter:
+    """One layer in which little happens, one in which much does."""
+    adapter = make_adapter()
+    scales = {"emb": 0.01, "lin": 5.0}
+    layers = {p: replace(x, lora_a=x.lora_a * scales.get(p, 1.0)) for p, x in adapter.layers.items()}
+    return replace(adapter, layers=layers)
+
+
+def _lost(adapter: lf.LoraAdapter, small: lf.LoraAdapter) -> float:
+    """Squared error over all layers; a layer that was left out counts whole."""
+    return sum(
+        float((flat(layer) - (flat(small.layers[path]) if path in small.layers else 0)).norm() ** 2)
+        for path, layer in adapter.layers.items()
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_a_budget_is_never_worse_than_one_rank_at_its_cost(rank: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    adapter = _uneven() if seed % 2 else make_adapter()
+    uniform = lf.peru_lora([adapter], rank=rank)["0"]
+    cost = sum(layer.rank * _cost(layer) for layer in uniform.layers.values())
+    spread = lf.peru_lora([adapter], budget=cost)["0"]
+    assert sum(layer.rank * _cost(layer) for layer in spread.layers.values()) <= cost
+    assert _lost(adapter, spread) <= _lost(adapter, uniform) * (1 + 1e-6)
+    if rank < 6 and seed % 2:  # and here it can do far better
+        assert _lost(adapter, spread) < 0.7 * _lost(adapter, uniform)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.6, 1.0])
+def test_a_budget_goes_where_it_saves_most_error(budget: float) -> None:
+    adapter = make_adapter()
+    small = lf.peru_lora({"a": adapter}, budget=budget)
+    report, spectra = small.report.adapters["a"].layers, _spectra(adapter)
+    allowed = int(budget * sum(layer.rank * _cost(layer) for layer in adapter.layers.values()) + 0.5)
+    spent = sum(report[path].rank_after * _cost(layer) for path, layer in adapter.layers.items())
+    assert spent <= allowed
+    # Nothing that was left out both fits and would have been worth more than what was taken.
+    for path, layer in adapter.layers.items():
+        k = report[path].rank_after
+        assert k == layer.rank or spent + _cost(layer) > allowed
+        assert (path in small["a"].layers) == (k > 0)
+        assert report[path].squared_error == pytest.approx(float(spectra[path][k:].sum()), rel=1e-5, abs=1e-9)
+    if budget == 1.0:
+        for path, layer in adapter.layers.items():
+            assert torch.equal(small["a"].layers[path].lora_a, layer.lora_a)
+    assert small.report.energy == pytest.approx(
+        1 - _lost(adapter, small["a"]) / sum(map(_total, spectra.values())), abs=1e-5
+    )
+
+
+def _total(squares: Tensor) -> float:
+    return float(squares.sum())
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.99, 1.0])
+def test_energy_spread_over_an_adapter_costs_no_more(energy: float) -> None:
+    adapter = _uneven()
+    each = lf.peru_lora([adapter], energy=energy)
+    small = lf.peru_lora([adapter], energy=energy, spread="adapter")
+    assert small.report.energy >= energy - 1e-9
+    costs = [sum(layer.rank * _cost(layer) for layer in c["0"].layers.values()) for c in (small, each)]
+    assert costs[0] <= costs[1]
+    if energy == 0.8:
+        assert costs[0] < costs[1]
+        assert set(small["0"].layers) < set(adapter.layers)  # a weak layer got nothing
+        saved = small["0"]
+        assert saved.config["target_modules"] == sorted(saved.layers)
+
+
+def test_layers_with_a_bias_keep_a_direction() -> None:
+    adapter = make_adapter()
+    lin = replace(adapter.layers["small"], lora_a=adapter.layers["small"].lora_a * 1e-6, lora_bias=torch.randn(40))
+    adapter = replace(adapter, layers={"big": adapter.layers["lin"], "small": lin})
+    small = lf.peru_lora([adapter], budget=0.3)["0"]
+    assert small.layers["small"].rank == 1
+    with pytest.raises(
+        ValueError, match=r"budget: adapter '0': 60 parameters, but the least that it can do with is 70"
+    ):
+        lf.peru_lora([adapter], budget=60)
+
+
 @pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
 def test_energy_is_met_in_every_layer_by_the_fewest_directions(energy: float) -> None:
     adapter = make_adapter()
@@ -137,10 +228,16 @@ def _spoilt(**changes: Any) -> dict[str, lf.LoraAdapter]:
 @pytest.mark.parametrize(
     ("adapters", "kwargs", "message"),
     [
-        (_spoilt(), {}, "rank, energy: give one of the two"),
-        (_spoilt(), {"rank": 2, "energy": 0.5}, "rank, energy: give one of the two"),
+        (_spoilt(), {}, "rank, energy, budget: give one of the three"),
+        (_spoilt(), {"rank": 2, "energy": 0.5}, "rank, energy, budget: give one of the three"),
         (_spoilt(), {"rank": 0}, "rank: expected an integer"),
         (_spoilt(), {"energy": 2.0}, "energy: expected 0 < energy <= 1"),
+        (_spoilt(), {"rank": 2, "budget": 0.5}, "give one of the three, .* got rank=2 and budget=0.5"),
+        (_spoilt(), {"budget": 1.5}, "budget: expected 0 < budget <= 1"),
+        (_spoilt(), {"budget": 0}, "budget: expected"),
+        (_spoilt(), {"budget": 30}, "budget: adapter 'sql': 30 parameters, but the least that it can do with is 70"),
+        (_spoilt(), {"energy": 0.5, "spread": "model"}, "spread: expected 'layer' or 'adapter'"),
+        (_spoilt(), {"rank": 2, "spread": "adapter"}, "spread: a rank holds for each layer"),
         (_spoilt(), {"rank": 2, "dtype": torch.int32}, "dtype: expected one of"),
         (_spoilt(magnitude=torch.ones(40)), {"rank": 2}, "adapter 'sql': uses DoRA"),
         (_spoilt(lora_a=torch.full((8, 30), torch.nan)), {"rank": 2}, "adapter 'sql', layer 'lin': lora_a has NaN"),
