@@ -20,6 +20,7 @@ flags = [
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 units = (
+    "bind_positions",
     "bind_routing",
     "bind_sparse",
     "bind_topk",
@@ -30,6 +31,7 @@ units = (
     "targets",
     "tensors",
     "topk",
+    "topk_write",
 )
 
 setup(

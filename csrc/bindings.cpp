@@ -274,6 +274,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("available_isas", &available_isas);
   m.def("choose_isa", &choose_isa);
   bind_topk(m);
+  bind_positions(m);
   bind_sparse(m);
   m.attr("STACK_WORKSPACE") = kStackWorkspace;
 }

@@ -4,24 +4,18 @@
 #include "topk.h"
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 #include <cmath>
 #include <functional>
 #include <new>
 #include <stdexcept>
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 #include "dispatch.h"
-#include "parallel.h"
+#include "topk_teams.h"
 
 namespace lora_fuse {
 namespace {
 
-constexpr int64_t kParallelEntries = 1 << 15;  // fewer are not worth a second thread
 constexpr int64_t kFew = 4096;                 // collected keys that fit on the stack
 constexpr int64_t kCollect = 1024;             // entries of a group that are all collected, without a sample
 // Sampled or collected keys below which no team is called: it would save a fraction of a millisecond, and where others
@@ -29,34 +23,8 @@ constexpr int64_t kCollect = 1024;             // entries of a group that are al
 constexpr int64_t kSerial = 1 << 20;
 constexpr int64_t kBlock = 1 << 16;            // keys of a block of the arena
 constexpr int64_t kMaxFound = 1 << 23;         // keys collected at once by all threads: 32 MB
-constexpr int64_t kPastCaches = 8 << 20;       // bytes of output that are not worth a place in the caches
 constexpr int kBinBits = 12;
 constexpr int64_t kMaxChunks = (int64_t(1) << 32) / kTopkChunk - 1;
-
-// Denormal differences count, whatever torch.set_flush_denormal says: it holds for some threads of a team only.
-struct KeepDenormals {
-#if defined(__SSE2__)
-  const unsigned before = _mm_getcsr();
-  KeepDenormals() { _mm_setcsr(before & ~0x8040u); }  // flush to zero, denormals are zero
-  ~KeepDenormals() { _mm_setcsr(before); }
-#endif
-};
-
-// f(thread, i) for begin <= i < end, `grain` of them at a time to whoever is free.
-template <class F>
-void each(int threads, int64_t begin, int64_t end, int64_t grain, const F& f) {
-  if (threads <= 1 || end - begin <= grain) {
-    [[maybe_unused]] const KeepDenormals keep;
-    for (int64_t i = begin; i < end; ++i) f(0, i);
-    return;
-  }
-  std::atomic<int64_t> next{begin};
-  parallel(threads, [&](int thread, int) {
-    [[maybe_unused]] const KeepDenormals keep;
-    for (int64_t i; (i = next.fetch_add(grain)) < end;)
-      for (const int64_t stop = std::min(end, i + grain); i < stop; ++i) f(thread, i);
-  });
-}
 
 uint64_t mix(uint64_t z) {  // SplitMix64's finaliser
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -124,8 +92,6 @@ int32_t nth_largest(const int32_t* keys, int64_t n, int64_t rank, int32_t low, i
   std::nth_element(scratch, scratch + rank - 1, scratch + n, std::greater<>());
   return scratch[rank - 1];
 }
-
-int size_of_team(int64_t entries, int threads) { return entries < kParallelEntries ? 1 : std::max(threads, 1); }
 
 }  // namespace
 
@@ -381,74 +347,6 @@ void Selection::select_group(const TopkKernels& kernels, const Group& group, Scr
       for (int32_t seen = 0; c.split < c.length && seen < taken; ++c.split) seen += keys[c.split] == threshold;
     }
   }
-}
-
-void Selection::write_mask(const std::vector<uint8_t*>& out, int threads) const {
-  const TopkKernels& kernels = lora_fuse::kernels().topk;
-  threads = size_of_team(entries_, threads);
-  each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
-    const Chunk& c = chunks_[i];
-    uint8_t* const y = out[c.input] + c.begin;
-    const TopkRun& r = run(kernels, c);
-    if (c.split) r.mask(x(c), minus(c), c.split, c.above - 1, y);
-    if (c.split < c.length) r.mask(x(c, c.split), minus(c, c.split), c.length - c.split, c.above, y + c.split);
-  });
-}
-
-void Selection::write_dense(const std::vector<char*>& out, int threads) const {
-  const TopkKernels& kernels = lora_fuse::kernels().topk;
-  threads = size_of_team(entries_, threads);
-  int64_t bytes = 0;
-  for (const TopkInput& in : inputs_) bytes += in.rows * in.cols * in.itemsize;
-  const bool past = bytes >= kPastCaches;
-  each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
-    const Chunk& c = chunks_[i];
-    const int size = inputs_[c.input].itemsize;
-    char* const y = out[c.input] + c.begin * size;
-    const TopkRun& r = run(kernels, c);
-    if (c.split) r.prune(x(c), minus(c), c.split, c.above - 1, past, y);
-    if (c.split < c.length) r.prune(x(c, c.split), minus(c, c.split), c.length - c.split, c.above, past, y + int64_t(c.split) * size);
-  });
-}
-
-void Selection::write_sparse(const std::vector<SparseOutput>& out, bool own, int threads) const {
-  const TopkKernels& kernels = lora_fuse::kernels().topk;
-  threads = size_of_team(entries_, threads);
-  for (size_t i = 0; i < inputs_.size(); ++i) {
-    if (inputs_[i].cols == 0) std::fill_n(out[i].row_starts, inputs_[i].rows, 0);
-    out[i].row_starts[inputs_[i].rows] = kept_[i];
-  }
-  std::atomic<bool> changed{false};
-  each(threads, 0, int64_t(chunks_.size()), 4, [&](int, int64_t i) {
-    const Chunk& c = chunks_[i];
-    const TopkInput& in = inputs_[c.input];
-    const SparseOutput& y = out[c.input];
-    const TopkRun& r = run(kernels, c);
-    uint64_t words[kTopkChunk / 64];
-    // A chunk's entries are put together here, then copied: kernels write a little beyond what they say.
-    alignas(64) char values[(kTopkChunk + 16) * 4], columns[(kTopkChunk + 16) * 4];
-    const int64_t row_words = (in.cols + 63) / 64;
-    const int column_size = y.wide ? 4 : 2;
-    int64_t count = 0;
-    for (int32_t at = 0; at < c.length;) {  // row by row, or a piece of a row
-      const int64_t row = (c.begin + at) / in.cols, column = (c.begin + at) % in.cols;
-      const auto n = int32_t(std::min<int64_t>(c.length - at, in.cols - column));
-      if (column == 0) y.row_starts[row] = c.kept_before + count;
-      r.bits(x(c, at), minus(c, at), n, c.above, c.split - at, words);
-      if (y.bitmap) std::copy_n(words, (n + 63) / 64, y.bitmap + row * row_words + column / 64);
-      else if (y.wide) kernels.columns32(words, n, int32_t(column), reinterpret_cast<int32_t*>(columns) + count);
-      else kernels.columns16(words, n, int32_t(column), reinterpret_cast<uint16_t*>(columns) + count);
-      count += r.take(x(c, at), minus(c, at), n, words, own, values + count * in.itemsize);
-      at += n;
-    }
-    if (count != c.kept) {  // another thread wrote into the input meanwhile
-      changed = true;
-      return;
-    }
-    std::copy_n(values, count * in.itemsize, static_cast<char*>(y.values) + c.kept_before * in.itemsize);
-    if (!y.bitmap) std::copy_n(columns, count * column_size, static_cast<char*>(y.columns) + c.kept_before * column_size);
-  });
-  if (changed) throw std::runtime_error("the tensors changed while they were read");
 }
 
 }  // namespace lora_fuse
