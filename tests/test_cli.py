@@ -23,11 +23,11 @@ import lora_fuse as lf
 from lora_fuse import cli
 from lora_fuse._terminal import SizeType, Spec, parse_spec, size_text
 from lora_fuse.adapters.lora import LoraLayer
-from lora_fuse.compress import peru_fft, peru_lora
+from lora_fuse.compress import joint, peru_fft, peru_lora
 from lora_fuse.merging.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["inspect", "merge", "fuse", "compress", "peru-fft", "demo", "extract", "bench"]
+COMMANDS = ["inspect", "merge", "fuse", "compress", "joint-compress", "peru-fft", "demo", "extract", "bench"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,7 @@ def test_every_command_is_there_and_the_version() -> None:
     assert sorted(cli.main.commands) == sorted(COMMANDS)
     assert succeed("--version").stdout == f"lora-fuse, version {lf.__version__}\n"
     assert set(cli.merge.METHODS) == set(METHODS) - {"regmean"}  # which needs Gram matrices
+    assert get_args(joint.Form) == cli.joint.FORMS
     assert get_args(peru_lora.Spread) == cli.compress.PERU_LORA_SPREADS
     assert (cli.compress.PERU_MERGES, cli.compress.PERU_SCOPES) == (peru_fft.MERGES, peru_fft.SCOPES)
 
@@ -254,6 +255,30 @@ def test_compress(files: Path, tmp_path: Path, option: list[str]) -> None:
         assert all(torch.equal(written.delta(p), layer.product()) for p, layer in adapter.layers.items())
         assert f"{expected.report.adapters[name].energy:.2%}" in result.stdout
     assert f"{expected.report.energy:.2%}" in result.stdout
+
+
+def test_joint_compress(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bank"
+    given = [files / "a", files / "b", "--rank", 5, "--form", "diagonal", "--clusters", 2, "--seed", 1]
+    result = succeed("joint-compress", *given, "-o", out)
+    adapters = {name: lf.load_adapter(files / name) for name in "ab"}
+    expected = lf.joint_compress(adapters, 5, 2, "diagonal", seed=1)
+    written = lf.load_joint(out)
+    for name, adapter in expected.adapters.items():
+        assert all(torch.equal(core, written.adapters[name].cores[path]) for path, core in adapter.cores.items())
+        assert f"{expected.report.error_of(name):.2%}" in result.stdout
+    shown = succeed("inspect", out).stdout
+    assert "joint bank" in shown
+    assert f"{expected.report.error:.2%}" in shown
+    facts = json.loads(succeed("inspect", out, "--json").stdout)
+    assert facts["adapters"]["a"]["relative_error"] == pytest.approx(expected.report.error_of("a"))
+    assert "not empty" in fail("joint-compress", *given, "-o", out)
+    succeed("joint-compress", *given, "-o", out, "--overwrite")
+    assert "two are called 'a'" in fail("joint-compress", files / "a", files / "a", "-o", tmp_path / "x")
+    assert "rank: expected" in fail("joint-compress", files / "a", "--rank", 0, "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="holds a joint bank"):
+        lf.attach(torch.nn.Linear(2, 2), {"a": out})
 
 
 def test_peru_fft(files: Path, tmp_path: Path) -> None:

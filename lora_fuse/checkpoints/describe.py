@@ -12,6 +12,7 @@ from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.checkpoints.header import read_header
 from lora_fuse.checkpoints.match import text_config
 from lora_fuse.checkpoints.read import Checkpoint
+from lora_fuse.compress.joint import JointBank
 from lora_fuse.compress.peru_fft import Peru
 
 
@@ -118,6 +119,31 @@ def describe_peru(peru: Peru, path: str) -> dict[str, Any]:
             for name, task in report.tasks.items()
         },
         "warnings": list(report.notes),
+    }
+
+
+def describe_joint(bank: JointBank, path: str) -> dict[str, Any]:
+    """A joint bank: its form, and per adapter what it has of its own.
+
+    Returns:
+        JSON-ready values: kind, path, form, rank, clusters, layers, bytes (of everything), factor_bytes (of the
+        adapters' factors before), adapters (name -> cluster, bytes, relative_error), warnings.
+    """
+    bases = bank.bases.values()
+    return {
+        "kind": "joint bank",
+        "path": path,
+        "form": bank.form,
+        "rank": max((basis.rank for basis in bases), default=0),
+        "clusters": max((basis.u.shape[0] for basis in bases), default=0),
+        "layers": len(bank.bases),
+        "bytes": bank.nbytes,
+        "factor_bytes": bank.report.nbytes_before,
+        "adapters": {
+            name: {"cluster": a.cluster, "bytes": a.nbytes, "relative_error": bank.report.error_of(name)}
+            for name, a in bank.adapters.items()
+        },
+        "warnings": [],
     }
 
 

@@ -16,7 +16,7 @@ def check_output(out: str | os.PathLike[str], overwrite: bool = False, inputs: S
 
     Args:
         out: the folder to be.
-        overwrite: whether a model's, an adapter's or a PERU folder that exists there may be replaced.
+        overwrite: whether a model's, an adapter's, a PERU or a joint bank's folder that exists there may be replaced.
         inputs: files and folders that are read; ``out`` must not be, hold or lie in one of them.
     Returns:
         The absolute path.
@@ -53,6 +53,8 @@ def _replaceable(folder: Path) -> bool:
     entries = list(folder.iterdir())
     if (folder / "peru.json").is_file():
         return _is_peru(entries)
+    if (folder / "joint.json").is_file():
+        return {entry.name for entry in entries} == {"joint.json", "joint.safetensors"}
     if all(entry.is_dir() and not entry.is_symlink() for entry in entries):
         return all((entry / "adapter_config.json").is_file() and _is_ours(entry) for entry in entries)
     return _is_ours(folder)

@@ -6,7 +6,7 @@ import click
 
 from lora_fuse import __version__
 from lora_fuse._terminal import example
-from lora_fuse.cli import compress, demo, fuse, inspect, merge
+from lora_fuse.cli import compress, demo, fuse, inspect, joint, merge
 
 
 @click.group(
@@ -16,6 +16,7 @@ from lora_fuse.cli import compress, demo, fuse, inspect, merge
         "lora-fuse merge loras/sql:0.7 loras/math:0.3 --method svd --rank 32 -o merged",
         "lora-fuse fuse llama-3.2-1b loras/sql -o llama-sql",
         "lora-fuse extract llama-3.2-1b llama-3.2-1b-sql --rank 64 -o sql-lora",
+        "lora-fuse joint-compress loras/* --rank 64 -o bank",
         "lora-fuse peru-fft minilm mnli=minilm-mnli sst2=minilm-sst2 -o peru",
     ),
 )
@@ -30,6 +31,7 @@ for _command in (
     merge.merge,
     fuse.fuse,
     compress.compress,
+    joint.joint_compress,
     compress.extract,
     compress.peru_fft,
     demo.demo,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from lora_fuse._terminal import (
     stdout,
     user_errors,
 )
-from lora_fuse.cli.options import DTYPE, output, overwrite_flag, rank_text, torch_dtype
+from lora_fuse.cli.options import DTYPE, adapter_names, output, overwrite_flag, rank_text, torch_dtype
 
 if TYPE_CHECKING:
     from lora_fuse.compress.extract import ExtractReport
@@ -77,7 +76,7 @@ def compress(
             raise click.UsageError("give one of --rank, --energy and --budget")
         sources = local_paths(adapters)
         check_output(out, overwrite, sources)
-        names = [Path(os.path.abspath(a)).name.removesuffix(".safetensors") for a in adapters]
+        names = adapter_names(adapters)
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"adapters: two are called {twice!r}, and each gets a folder of its name under {out}")
         with busy("reading"):

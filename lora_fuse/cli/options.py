@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,11 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return None if name is None else getattr(torch, _DTYPES[name])
+
+
+def adapter_names(adapters: Sequence[str]) -> list[str]:
+    """What adapters are called that come by path or hub id: the last part, without a file's suffix."""
+    return [Path(os.path.abspath(adapter)).name.removesuffix(".safetensors") for adapter in adapters]
 
 
 def rank_text(adapter: LoraAdapter) -> str:

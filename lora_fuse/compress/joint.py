@@ -53,12 +53,16 @@ class JointReport:
         every = [e for layers in self.errors.values() for e in layers.values()]
         return _rms(every)
 
+    def error_of(self, name: str) -> float:
+        """Root mean square of one adapter's relative errors over its layers."""
+        return _rms(list(self.errors[name].values()))
+
     def __str__(self) -> str:
         width = max(len(name) for name in (*self.errors, "adapter", "all"))
         lines = [f"{'adapter':{width}}  {'relative error':>14}  {'worst layer':>11}"]
         for name, layers in self.errors.items():
             worst = max(layers.values(), default=0.0)
-            lines.append(f"{name:{width}}  {_rms(list(layers.values())):>14.4f}  {worst:>11.4f}")
+            lines.append(f"{name:{width}}  {self.error_of(name):>14.4f}  {worst:>11.4f}")
         lines.append(f"{'all':{width}}  {self.error:>14.4f}")
         ratio = self.nbytes_before / max(1, self.nbytes_after)
         lines.append(f"{self.nbytes_before:,} -> {self.nbytes_after:,} bytes, {ratio:.1f} times fewer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,8 @@ def _load(adapters: Mapping[str, Any]) -> dict[str, Adapter]:
 
 
 def _open(source: Any) -> Adapter:
+    if isinstance(source, (str, os.PathLike)) and (Path(source).expanduser() / "joint.json").is_file():
+        raise ValueError(f"{source}: holds a joint bank, not one adapter; give load_joint(path).adapters")
     folder = sparse_folder(source) if isinstance(source, (str, os.PathLike)) else None
     return load_adapter(source) if folder is None else load_sparse_adapter(folder)
 
