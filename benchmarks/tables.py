@@ -77,6 +77,17 @@ def merge(rows: list[dict[str, Any]]) -> str:
     return table(["merge of 8 rank-16 adapters", "time", "ratio", "error / optimal - 1", "largest buffer"], body)
 
 
+def svds(rows: list[dict[str, Any]]) -> str:
+    def cell(r: dict[str, Any], name: str) -> str:
+        return f"{r['us'][name] / 1e3:.0f} ms, {r['excess'][name]:.1e}"
+
+    names = list(rows[0]["us"])
+    body = [
+        [r["spectrum"], *(cell(r, name) for name in names), f"{r['floor_us'][2] / 1e3:.0f} ms"] for r in rows
+    ]  # fmt: skip
+    return table(["time, error / optimal - 1", *names, "floor of power_iters=2"], body)
+
+
 def prune(rows: list[dict[str, Any]]) -> str:
     rivals = list(rows[0]["rival_us"])
     body = [

@@ -64,7 +64,7 @@ def randomized_svd(
         narrow matrices and sums of few products, which ``lowrank_svd`` does. Not differentiable.
 
     Raises:
-        TypeError: ``x`` is no matrix.
+        TypeError: ``x`` is no matrix, or ``generator`` neither a generator nor a seed.
         ValueError: an argument is out of range, ``x`` is empty, or has NaN or infinite entries (the tensor is named).
         RuntimeError: LAPACK converges in no way.
 
@@ -78,6 +78,8 @@ def randomized_svd(
             raise ValueError(f"{label}: expected an integer of at least 0, got {value!r}")
     if tolerance is not None and not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance: expected 0 < tolerance < 1, got {tolerance}")
+    if generator is not None and (isinstance(generator, bool) or not isinstance(generator, (int, torch.Generator))):
+        raise TypeError(f"generator: expected a torch.Generator, a seed or None, got {generator!r}")
     operand = as_operand(x, "x")
     m, n = operand.shape[-2:]
     if operand.shape.numel() == 0:
@@ -156,7 +158,7 @@ def _krylov(
         squared = _squared_error(x, dtype, u * s.to(dtype)[..., None, :], v)
     if guessed:  # what was found is known better than the whole
         norm = (squared + s.square().sum(-1)).sqrt()
-    return make_svd(u, s, v, squared.clamp_min(0).sqrt(), norm, dtype)
+    return make_svd(u, s, v, squared.clamp_min(0).sqrt(), norm, x.dtype)
 
 
 def _with_block_row(core: Tensor, row: Tensor) -> Tensor:
@@ -237,7 +239,7 @@ def _exact(
     u, s, v = u[..., :k], s[..., :k], v[..., :k]
     if dtype == torch.float32 and bool((tail < 1e-12 * norm.square()).any()):  # below what the Gram matrix resolves
         tail = _squared_error(x, dtype, u * s[..., None, :], v)
-    return make_svd(u, s, v, tail.sqrt(), norm, dtype)
+    return make_svd(u, s, v, tail.sqrt(), norm, x.dtype)
 
 
 def _norm(x: Operand) -> tuple[torch.dtype, Tensor]:

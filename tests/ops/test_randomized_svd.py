@@ -180,3 +180,197 @@ def test_operands(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None
     svd = F.randomized_svd(x, RANK)
     assert all(t.dtype == (torch.float64 if name == "fp64" else torch.float32) for t in svd)
     _check(svd, exact, RANK, excess=2e-2)
+
+
+class _Own:
+    """A caller's operator around a dense matrix."""
+
+    def __init__(self, x: Tensor, knows_norm: bool) -> None:
+        self.x, self.shape = x, x.shape
+        if knows_norm:
+            self.squared_norm = lambda: x.square().sum()
+
+    def matmul(self, q: Tensor) -> Tensor:
+        return self.x @ q
+
+    def rmatmul(self, q: Tensor) -> Tensor:
+        return self.x.mT @ q
+
+
+@pytest.mark.parametrize("knows_norm", [False, True])
+def test_operator(knows_norm: bool) -> None:
+    x = torch.randn(M, N)
+    got, want = F.randomized_svd(_Own(x, knows_norm), RANK), F.randomized_svd(x, RANK)
+    torch.testing.assert_close(_dense(got), _dense(want), rtol=0, atol=1e-3)
+    torch.testing.assert_close(got.norm, want.norm, rtol=1e-6 if knows_norm else 0.1, atol=0)
+    torch.testing.assert_close(got.residual, want.residual, rtol=1e-6 if knows_norm else 0.1, atol=0)
+    torch.testing.assert_close(_dense(F.randomized_svd(_Own(x, knows_norm), 300)), _dense(F.randomized_svd(x, 300)))
+    if knows_norm:
+        assert F.randomized_svd(_Own(x, True), energy=0.3).S.shape == F.randomized_svd(x, energy=0.3).S.shape
+    else:
+        with pytest.raises(ValueError, match=r"energy, tolerance: .* method squared_norm\(\)"):
+            F.randomized_svd(_Own(x, False), energy=0.3)
+
+
+def test_sums_of_few_products_are_exact() -> None:
+    x = _products(20)
+    got, want = F.randomized_svd(x, RANK), F.lowrank_svd(x.lora_bs, x.lora_as, x.weights, RANK)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_products_that_cancel_are_computed_in_fp64() -> None:
+    b, a, extra = torch.randn(M, 150), torch.randn(150, N), 1e-5 * torch.randn(M, 150)
+    x = F.SumOfProducts([b + extra, b], [a, a], [1.0, -1.0])
+    exact = ((b + extra).double() - b.double()) @ a.double()
+    svd = F.randomized_svd(x, 8)
+    optimal = torch.linalg.svdvals(exact)[8:].norm()
+    assert (exact - _dense(svd)).norm() <= 1.02 * optimal
+
+
+def test_seeds() -> None:
+    x, state = torch.randn(M, N), torch.get_rng_state()
+    runs = [F.randomized_svd(x, RANK, generator=g) for g in (None, 0, torch.Generator().manual_seed(0), 1)]
+    assert all(torch.equal(a, b) for run in runs[1:3] for a, b in zip(runs[0], run, strict=True))
+    assert not torch.equal(runs[0].S, runs[3].S)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decades", [0, 3, 5, 6, 8, 14, 40])
+def test_ill_conditioned_blocks_become_orthonormal(decades: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    q, p = (torch.linalg.qr(torch.randn(s, 24, dtype=torch.float64)).Q for s in (200, 24))
+    before = torch.linalg.qr(torch.randn(200, 24, dtype=dtype)).Q
+    w = (q * torch.logspace(0, -decades, 24, dtype=torch.float64) @ p).to(dtype)
+    got = module._orthonormal(w + 100.0 * before @ torch.randn(24, 24, dtype=dtype), [before], random)
+    eps = torch.finfo(dtype).eps
+    eye = torch.eye(24, dtype=dtype)
+    torch.testing.assert_close(got.T @ got, eye, rtol=0, atol=20 * eps)
+    torch.testing.assert_close(before.T @ got, torch.zeros_like(eye), rtol=0, atol=100 * eps)
+    alone = module._orthonormal(w, [], random)
+    torch.testing.assert_close(alone.T @ alone, eye, rtol=0, atol=20 * eps)
+    if decades <= 3:  # nothing was replaced by noise
+        assert (w - alone @ (alone.T @ w)).norm() <= 100 * eps
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e9])
+def test_householder_takes_over_only_where_it_must(condition: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, qr = [], torch.linalg.qr
+    w = qr(torch.randn(200, 24, dtype=torch.float64)).Q.float() * torch.logspace(
+        0, -torch.tensor(condition).log10().item(), 24
+    )
+    monkeypatch.setattr(torch.linalg, "qr", lambda x: calls.append(x) or qr(x))
+    module.orthonormalize(w, torch.Generator())
+    assert len(calls) == (condition > 1e7)
+
+
+@pytest.mark.parametrize("shape", [(M, N), (1, 5), (7, 1), (150, 140)])
+def test_zeros(shape: tuple[int, int]) -> None:
+    svd = F.randomized_svd(torch.zeros(shape), 4)
+    assert torch.count_nonzero(svd.S) == 0
+    assert float(svd.norm) == float(svd.residual) == 0.0
+    assert float(svd.energy) == 1.0
+    k = min(4, *shape)
+    torch.testing.assert_close(svd.U.T @ svd.U, torch.eye(k), rtol=0, atol=1e-5)
+    torch.testing.assert_close(svd.Vh @ svd.Vh.T, torch.eye(k), rtol=0, atol=1e-5)
+    assert F.randomized_svd(torch.zeros(shape), energy=0.9).S.shape == (1,)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25, 1e36])
+def test_magnitudes_whose_squares_leave_fp32(scale: float) -> None:
+    x = torch.randn(M, N)
+    want, got = F.randomized_svd(x, RANK), F.randomized_svd(x * scale, RANK)
+    torch.testing.assert_close(got.S / scale, want.S, rtol=1e-3, atol=0)
+    torch.testing.assert_close(got.norm / scale, want.norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1), (2, 2), (129, 1000)])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_narrow_matrices(shape: tuple[int, int], rank: int) -> None:
+    x = torch.randn(shape)
+    _check(F.randomized_svd(x, rank), x, min(rank, *shape), excess=2e-2)
+
+
+@pytest.mark.parametrize("rank", [64, 128])
+def test_rank_of_the_matrix_below_the_one_asked_for(rank: int) -> None:
+    x = torch.randn(600, 30) @ torch.randn(30, 500)
+    svd = F.randomized_svd(x, rank)
+    _check(svd, x, rank, excess=0.0, floor=5e-6)
+    assert float(svd.residual) <= 1e-5 * float(svd.norm)
+    assert F.randomized_svd(x, energy=0.9999999).S.shape[0] <= 32
+
+
+def test_no_whole_difference_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_fuse.ops.operands._TILE", 64 * N)
+    largest, new = [], torch.Tensor.copy_
+    a, b = torch.randn(M, N).bfloat16(), torch.randn(M, N).bfloat16()
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args: largest.append(self.numel()) or new(self, *args))
+    F.randomized_svd(F.Difference(a, b), RANK)
+    assert max(largest) == 64 * N
+
+
+def test_lapack_that_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    x, y = torch.randn(M, N), torch.randn(100, 90)
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    _check(F.randomized_svd(x, RANK), x, RANK, excess=1e-2)  # the core by eigenvectors
+    _check(F.randomized_svd(y, 80), y, 80, excess=1e-5)
+    _check(F.randomized_svd(y.double(), 80), y, 80, excess=1e-5)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(RuntimeError, match=r"x: the SVD of shape \(100, 90\) does not converge, .* rescale"):
+        F.randomized_svd(y, 80)
+
+
+NAN, INF = torch.full((3, 4), torch.nan), torch.full((3, 4), torch.inf)
+OK = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "kwargs", "message"),
+    [
+        (OK, {}, "rank, energy: give one of the two"),
+        (OK, {"rank": 2, "energy": 0.5}, "rank, energy: give one of the two"),
+        (OK, {"rank": 0}, "rank: expected an integer of at least 1, got 0"),
+        (OK, {"rank": True}, "rank: expected an integer"),
+        (OK, {"energy": 1.1}, "energy: expected"),
+        (OK[None], {"energy": 0.5}, r"energy: needs one matrix, got x of shape \(1, 3, 4\)"),
+        (OK, {"rank": 1, "oversample": -1}, "oversample: expected an integer of at least 0, got -1"),
+        (OK, {"rank": 1, "power_iters": 1.5}, "power_iters: expected an integer"),
+        (OK, {"rank": 1, "tolerance": 0.0}, "tolerance: expected 0 < tolerance < 1"),
+        (NAN, {"rank": 1}, "x: has NaN or infinite"),
+        (INF, {"rank": 1}, "x: has NaN or infinite"),
+        (F.Difference(OK, NAN), {"rank": 1}, "x: b: has NaN or infinite"),
+        (F.Sum([OK, F.Difference(INF, OK)]), {"rank": 1}, "x: terms.*has NaN or infinite"),
+        (F.SumOfProducts([NAN.T], [OK]), {"rank": 1}, r"lora_bs\[0\]: has NaN"),
+        (torch.ones(4), {"rank": 1}, r"x: expected a dense floating-point tensor \[..., m, n\], .* \(4,\)"),
+        (torch.ones(3, 4, dtype=torch.int64), {"rank": 1}, "x: expected a dense floating-point tensor .*int64"),
+        (torch.empty(3, 4, device="meta"), {"rank": 1}, "x: is on the meta device"),
+        (torch.empty(3, 0), {"rank": 1}, r"x: shape \(3, 0\) has no entries"),
+    ],
+)  # fmt: skip
+def test_bad_input(x: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        F.randomized_svd(x, **kwargs)
+
+
+def test_bad_operands() -> None:
+    with pytest.raises(ValueError, match=r"a, b: expected one shape .*\(3, 4\) on cpu and \(4, 3\)"):
+        F.Difference(OK, OK.T)
+    with pytest.raises(ValueError, match=r"terms\[1\]: \(4, 3\) on cpu, but terms\[0\] is \(3, 4\)"):
+        F.Sum([OK, OK.T])
+    with pytest.raises(ValueError, match="one weight per term, got 1 and 2"):
+        F.Sum([OK], [1.0, 2.0])
+    with pytest.raises(ValueError, match="weights: expected finite"):
+        F.Sum([OK], [torch.nan])
+    with pytest.raises(TypeError, match="x: expected a tensor, a SparseMatrix"):
+        F.randomized_svd("x", 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="generator: expected"):
+        F.randomized_svd(OK, 1, generator="x")  # type: ignore[arg-type]
+    wrong = _Own(torch.randn(200, 300), False)
+    wrong.matmul = lambda q: q  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"x.matmul: expected torch.float32 \(200, 16\), got torch.float32 \(300, 16\)"
+    ):
+        F.randomized_svd(wrong, 8)
