@@ -66,7 +66,7 @@ def main() -> None:
         f"The LoRA part alone, {len(results)} shapes, factors rotated over 128 MB: how many times slower others are.\n",
         tables.summary(results),
         tables.merge(merge),
-        f"The {bench_svd.RANK} largest directions of a dense 4096 x 4096 matrix (the floor is the products with it alone; "
+        f"The {bench_svd.RANK} largest directions of a 4096 x 4096 matrix (the floor is its products alone; "
         f"torch.linalg.svd of the flat one: {svds[0]['full_us'] / 1e6:.1f} s, "
         f"{svds[0]['full_us'] / svds[0]['us']['lora_fuse, power_iters=2']:.0f}x ours):\n",
         tables.svds(svds),

@@ -120,7 +120,7 @@ def _krylov(
     core = norm.new_zeros(*norm.shape, 0, 0)  # Q^T X P, fp64; zero above the diagonal blocks
     k, steps = rank, 0
     last: int | Tensor | None = None
-    p = torch.randn(*x.shape[:-2], n, block, generator=random, dtype=dtype).to(x.device)
+    p = torch.randn(*x.shape[:-2], n, block, generator=random).to(x.device, dtype)
     while True:
         left.append(_orthonormal(x.matmul(p), left, random))
         z = x.rmatmul(left[-1])
