@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.sparse_adapter import SparseAdapter, fingerprint, same_bits
-from lora_fuse.compress.peru_plan import Patterns, Plan, make_plan, matches
+from lora_fuse.compress.peru_plan import Plan, make_plan
 from lora_fuse.compress.peru_report import PeruReport, report_task
 from lora_fuse.functional import sparsify
 from lora_fuse.merging import full
+from lora_fuse.merging.fit import Patterns, matches
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.weights import Weights, WeightSource, open_weights
 from lora_fuse.sparse import SparseMatrix
