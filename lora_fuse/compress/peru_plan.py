@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lora_fuse.merging.fit import Odd, Patterns, few, fit, matches, patterns_of
+from lora_fuse.merging.fit import Odd, Patterns, check_patterns, fit, matches, patterns_of
 from lora_fuse.merging.weights import Entry, Weights
 
 Treatment: TypeAlias = Literal["pruned", "dense", "shared", "head"]
@@ -46,11 +46,8 @@ def make_plan(
         "shared": patterns_of("shared", shared),
         "head": patterns_of("heads", heads),
     }
-    everything = {name for weights in (base, *finetuned.values()) for name in (*weights, *weights.aliases)}
     for argument, patterns in zip(("exclude", "shared", "heads"), kinds.values(), strict=True):
-        for pattern in patterns:
-            if not any(matches(name, pattern) for name in everything):
-                raise ValueError(f"{argument}: {pattern!r} matches no parameter; names look like {few(base)}")
+        check_patterns(argument, patterns, [base, *finetuned.values()])
 
     def kind_of(name: str) -> Treatment | None:
         found = [kind for kind, patterns in kinds.items() if any(matches(name, p) for p in patterns)]

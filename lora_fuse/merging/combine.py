@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
 from lora_fuse.merging.config import FACTOR_KEYS, lora_config
 from lora_fuse.merging.elementwise import Divisor, MajoritySign
+from lora_fuse.merging.fit import Patterns
+from lora_fuse.merging.full import merge_models
 from lora_fuse.merging.methods import method_of
 from lora_fuse.merging.options import Density, Grams, Options
 from lora_fuse.merging.progress import track
@@ -30,16 +32,66 @@ from lora_fuse.merging.terms import (
     refuse_absolute,
     warn_about_bases,
 )
+from lora_fuse.merging.weights import WeightSource
+
+Models: TypeAlias = Sequence[WeightSource] | Mapping[str, WeightSource]
 
 
+@overload
 def merge(
     adapters: Sources,
+    weights: Weights = ...,
+    *,
+    base: None = ...,
+    method: str = ...,
+    rank: int | None = ...,
+    energy: float | None = ...,
+    dtype: torch.dtype | None = ...,
+    modules_to_save: SavePolicy = ...,
+    scaling: float | None = ...,
+    density: Density | None = ...,
+    majority_sign: MajoritySign | None = ...,
+    divisor: Divisor | None = ...,
+    scope: Literal["tensor", "row", "global"] | None = ...,
+    seed: int | None = ...,
+    gamma: float | None = ...,
+    epsilon: float | None = ...,
+    mean_over: Literal["rank", "min_dim"] | None = ...,
+    common_fraction: float | None = ...,
+    grams: Grams | None = ...,
+    off_diagonal: float | None = ...,
+    ridge: float | None = ...,
+    progress: bool = ...,
+) -> LoraAdapter: ...
+@overload
+def merge(
+    adapters: Models,
+    weights: Weights = ...,
+    *,
+    base: WeightSource,
+    method: str = ...,
+    dtype: torch.dtype | None = ...,
+    scaling: float | None = ...,
+    density: Density | None = ...,
+    majority_sign: MajoritySign | None = ...,
+    divisor: Divisor | None = ...,
+    scope: Literal["tensor", "row", "global"] | None = ...,
+    seed: int | None = ...,
+    gamma: float | None = ...,
+    epsilon: float | None = ...,
+    heads: Patterns = ...,
+    prefix: str = ...,
+    progress: bool = ...,
+) -> dict[str, Tensor]: ...
+def merge(
+    adapters: Sources | Models,
     weights: Weights = None,
     *,
     method: str = "linear",
+    base: WeightSource | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     modules_to_save: SavePolicy = "refuse",
     scaling: float | None = None,
     density: Density | None = None,
@@ -54,9 +106,13 @@ def merge(
     grams: Grams | None = None,
     off_diagonal: float | None = None,
     ridge: float | None = None,
+    heads: Patterns = (),
+    prefix: str = "",
     progress: bool = False,
-) -> LoraAdapter:
+) -> LoraAdapter | dict[str, Tensor]:
     """Combine adapters into one, layer by layer: by default the one whose delta is ``sum_i weights[i] * delta_i``.
+
+    With ``base``, combine whole models: ``theta_0 + merge(theta_1 - theta_0, ...)``, tensor by tensor.
 
     Methods work on the PRODUCTS ``scaling_i * B_i A_i``, never on A's and B's apart, so there are no cross terms
     (PEFT's ``combination_type="linear"`` has them, and ``factor_average`` by definition). Ranks may differ, per adapter
@@ -80,21 +136,28 @@ def merge(
             delta is dense; it is truncated to ``rank`` (default: as for svd) or ``energy``, with an error at most 1.001
             times the smallest possible one.
 
+    Whole models take the methods that work entry by entry: linear, uniform, and those that prune. They go by a block of
+    rows of a tensor at a time, in fp64, and are rounded once to the base's dtypes; tensors that are not floating-point
+    are the base's. Files are read a tensor at a time, unless a threshold is "global" (ties and magnitude_prune by
+    default): then the base and one fine-tune are in memory.
+
     Truncated factors share the singular values evenly: ``lora_b = U sqrt(S)``, ``lora_a = sqrt(S) Vh``. Result layers
     have scaling 1. An adapter with weight 0 takes no part at all, heads included. One adapter with weight 1 comes back
     with its own factors, unless ``rank`` or ``energy`` asks for fewer, or the method trims or levels even one.
 
     Args:
-        adapters: a list, or a dict name -> adapter; an entry may be a path. Names appear in errors.
+        adapters: a list, or a dict name -> adapter; an entry may be a path. Names appear in errors. With ``base``:
+            state dicts, modules, model folders or safetensors files.
         weights: a finite number per adapter, of any sign, in any sequence, or a dict by name. None: 1 each.
         method: one of the above.
+        base: the model that all were fine-tuned from, as they; makes this a merge of whole models.
         rank: largest rank of a result layer (all methods but cat).
         energy: share of each layer's squared Frobenius norm to keep, ``0 < energy <= 1``, instead of ``rank``.
-        dtype: of the result's factors and heads; computed in fp64, rounded once (where entries are pruned: in fp32,
-            unless this or the factors are fp64).
+        dtype: of the result's factors and heads, by default fp32; computed in fp64, rounded once (where entries are
+            pruned: in fp32, unless this or the factors are fp64). Of whole models: by default the base's dtypes.
         modules_to_save: for a module (a head) that several adapters replace: "refuse", "first", or "average" (by
             weight).
-        scaling: factor on the merged deltas and biases (from knots_ties on; default 1).
+        scaling: factor on the merged deltas and biases (from knots_ties on, and for whole models; default 1).
         density: share of each adapter's entries that stays, ``0 < density <= 1``; a number, or one for each, in their
             order or by name. Default: 0.2 (ties, knots_ties), 0.5 (dare), 0.9 (breadcrumbs), 0.7 (della);
             magnitude_prune needs it.
@@ -103,7 +166,8 @@ def merge(
         divisor: of the mean over the values that have the elected sign: their number ("count", the default), the sum of
             their weights ("weights") or 1 ("none").
         scope: whether ``density`` counts in each layer ("tensor"), in each row of a weight ("row"; ties and
-            magnitude_prune) or over all of an adapter's layers ("global"; knots_ties, whose default it is).
+            magnitude_prune) or over all of an adapter's layers ("global"; knots_ties, whose default it is). Whole
+            models: for ties and magnitude_prune, "global" by default.
         seed: of dare and della (default 0): a draw hangs on the seed, the layer's path and the adapter's name or
             position, on nothing else.
         gamma: share of the largest entries that breadcrumbs leaves out (default 0.01).
@@ -113,10 +177,13 @@ def merge(
         grams: for each adapter, in their order or by name, ``{module path: [in, in]}``, as ``collect_grams`` returns.
         off_diagonal: factor on the Gram matrices' off-diagonal entries, 0 to 1 (default 0.9).
         ridge: multiple of the mean diagonal entry that is added to the diagonal of each Gram matrix (default 0).
+        heads: whole models: patterns of parameters that are each model's own and not merged; the result has the base's.
+        prefix: whole models: put before the base's names, for an encoder whose fine-tunes are classifiers around it.
         progress: show a bar on stderr.
 
     Returns:
-        A new ``LoraAdapter``; ``lora_bias`` sums like the deltas, or is pruned and merged like them. Its config is that
+        With ``base`` a state dict: the base's names, new tensors; names that share memory there share one here. Else a
+        new ``LoraAdapter``; ``lora_bias`` sums like the deltas, or is pruned and merged like them. Its config is that
         of a plain LoRA which PEFT loads.
 
     Raises:
@@ -146,10 +213,16 @@ def merge(
         grams=grams,
         off_diagonal=off_diagonal,
         ridge=ridge,
-        dtype=dtype,
+        dtype=torch.float32 if dtype is None else dtype,
     )
+    if base is not None:
+        if modules_to_save != "refuse":
+            raise ValueError("modules_to_save: is about adapters; name the heads of whole models in heads=")
+        return merge_models(adapters, weights, method, base, options, heads, prefix, dtype, progress)
+    if heads or prefix:
+        raise ValueError("heads, prefix: are about whole models, which need base=")
     with torch.no_grad():
-        return merge_adapters(adapters, weights, method, options, modules_to_save, progress)
+        return merge_adapters(adapters, weights, method, options, modules_to_save, progress)  # type: ignore[arg-type]
 
 
 def merge_adapters(

@@ -67,13 +67,7 @@ def disjoint_mean(
     Returns:
         A new tensor; zero where nothing agrees.
     """
-    elected = torch.zeros_like(vectors[0])
-    for x, w in zip(vectors, weights, strict=True):
-        if majority_sign == "frequency":
-            elected.add_(x.sign())
-        else:
-            elected.add_(x, alpha=w if majority_sign == "weighted" else 1.0)
-    sign = elected.sign_()
+    sign = votes(vectors, weights, majority_sign).sign_()
     sign = torch.where(sign == 0, if_zero, sign)
 
     total, divide_by = torch.zeros_like(sign), torch.zeros_like(sign)
@@ -90,6 +84,17 @@ def disjoint_mean(
         return total.div_(divide_by.clamp_(min=1.0))
     if divisor == "weights":
         return total.div_(divide_by.masked_fill_(divide_by.abs() < 1e-8, 1.0))
+    return total
+
+
+def votes(vectors: Sequence[Tensor], weights: Sequence[float], majority_sign: MajoritySign) -> Tensor:
+    """What the elected sign is the sign of: a new tensor."""
+    total = torch.zeros_like(vectors[0])
+    for x, w in zip(vectors, weights, strict=True):
+        if majority_sign == "frequency":
+            total.add_(x.sign())
+        else:
+            total.add_(x, alpha=w if majority_sign == "weighted" else 1.0)
     return total
 
 

@@ -66,6 +66,18 @@ def patterns_of(argument: str, given: Patterns) -> list[str]:
     return patterns
 
 
+def check_patterns(argument: str, patterns: Sequence[str], models: Sequence[Weights]) -> None:
+    """Refuse a pattern that matches no name of any model; the first is the base.
+
+    Raises:
+        ValueError: as said.
+    """
+    everything = {name for weights in models for name in (*weights, *weights.aliases)}
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in everything):
+            raise ValueError(f"{argument}: {pattern!r} matches no parameter; names look like {few(models[0])}")
+
+
 def fit(base: Weights, task: Weights, own: Collection[str], heads: Sequence[str], odd: Odd) -> Weights:
     """The fine-tune under the base's canonical names, in the base's dtypes.
 

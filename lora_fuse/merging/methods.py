@@ -13,6 +13,7 @@ from lora_fuse.merging import knots, linear, regmean, sparsify, subspace
 from lora_fuse.merging.options import Options
 from lora_fuse.merging.rules import RULES, Rule
 from lora_fuse.merging.terms import LayerTerm, Term
+from lora_fuse.ops.topk import SCOPES
 
 # (module path, the parts of that layer, options) -> the merged layer, without its bias
 Combine: TypeAlias = Callable[[str, Sequence[LayerTerm], Options], LoraLayer]
@@ -97,12 +98,29 @@ def method_of(name: str, options: Options) -> Method:
     return method
 
 
-def _check_taken(name: str, options: Options, takes: Mapping[str, frozenset[str]], scopes: tuple[str, ...]) -> None:
+def rule_of(name: str, options: Options) -> Rule:
+    """The rule of that name, by which whole models are merged, after checking that it takes every option.
+
+    Raises:
+        ValueError: no such method, or an option that it does not take; both say what there is.
+    """
+    if name not in RULES:
+        known = "works on adapters only" if name in METHODS else "does not exist"
+        raise ValueError(f"method: {name!r} {known}; whole models are merged by one of {', '.join(RULES)}")
+    _check_taken(
+        name, options, {other: rule.takes for other, rule in RULES.items()}, SCOPES, "no merge of whole models does"
+    )
+    return RULES[name]
+
+
+def _check_taken(
+    name: str, options: Options, takes: Mapping[str, frozenset[str]], scopes: tuple[str, ...], instead: str = ""
+) -> None:
     for field in fields(options):
         if field.name in ("dtype", "state", "kept") or getattr(options, field.name) is None:
             continue
         if field.name not in takes[name]:
             able = ", ".join(other for other in takes if field.name in takes[other])
-            raise ValueError(f"{field.name}: method {name!r} does not take it; {f'{able} do' if able else 'none does'}")
+            raise ValueError(f"{field.name}: method {name!r} does not take it; {f'{able} do' if able else instead}")
     if options.scope is not None and options.scope not in scopes:
         raise ValueError(f"scope: method {name!r} takes {', '.join(scopes)}, got {options.scope!r}")

@@ -21,6 +21,7 @@ from lora_fuse.merging.elementwise import (
     breadcrumbs_mask,
     disjoint_mean,
     keep_probabilities,
+    votes,
 )
 from lora_fuse.merging.options import Options
 from lora_fuse.ops.topk import matrix_shape
@@ -178,16 +179,9 @@ def choose(settings: Settings, key: str, x: Tensor, minus: Tensor | None = None)
     return PackedMask(mask.reshape(matrix_shape(x)))
 
 
-def merged_blocks(
-    name: str,
-    shape: tuple[int, int],
-    keys: Sequence[str],
-    weights: Sequence[float],
-    blocks: Blocks,
-    masks: Sequence[PackedMask | None],
-    settings: Settings,
-) -> Iterator[tuple[int, Tensor]]:
-    """Merge one tensor of several task vectors, a block of rows at a time.
+@dataclass(frozen=True)
+class Parts:
+    """One tensor of several task vectors.
 
     Args:
         name: the tensor's; random draws hang on it and on the keys.
@@ -195,29 +189,52 @@ def merged_blocks(
         keys, weights: the task vectors'.
         blocks: reads them.
         masks: what ``choose`` says about each.
-    Returns:
-        Pairs of a first row and the merged ``[rows, cols]`` block, in order.
     """
-    rows, cols = shape
-    rule = settings.rule
-    streams = [
-        Stream(settings.seed, name, key) if settings.prunes(key) and rule.keeps in ("random", "ranked") else None
-        for key in keys
-    ]
-    step = max(1, _BLOCK // max(1, cols * len(keys)))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        pruned = (
-            _pruned(blocks(i, start, stop), start, mask, stream, settings.densities[key], settings.epsilon)
-            for i, (key, mask, stream) in enumerate(zip(keys, masks, streams, strict=True))
+
+    name: str
+    shape: tuple[int, int]
+    keys: Sequence[str]
+    weights: Sequence[float]
+    blocks: Blocks
+    masks: Sequence[PackedMask | None]
+
+    def pruned(self, settings: Settings) -> Iterator[tuple[int, Iterator[Tensor]]]:
+        """Pairs of a first row and a block of rows of each task vector, pruned; read on before the next pair."""
+        rows, cols = self.shape
+        drawn = settings.rule.keeps in ("random", "ranked")
+        streams = [
+            Stream(settings.seed, self.name, key) if drawn and settings.prunes(key) else None for key in self.keys
+        ]
+        step = max(1, _BLOCK // max(1, cols * len(self.keys)))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield (
+                start,
+                (
+                    _pruned(self.blocks(i, start, stop), start, mask, stream, settings.densities[key], settings.epsilon)
+                    for i, (key, mask, stream) in enumerate(zip(self.keys, self.masks, streams, strict=True))
+                ),
+            )
+
+    def merged(self, settings: Settings) -> Iterator[tuple[int, Tensor]]:
+        """Pairs of a first row and the merged ``[rows, cols]`` block, in order; the blocks are new tensors."""
+        for start, vectors in self.pruned(settings):
+            if settings.rule.elects:
+                total = disjoint_mean(
+                    list(vectors), self.weights, settings.majority_sign, settings.divisor, settings.if_zero
+                )
+            else:
+                total = next(vectors).mul_(self.weights[0])
+                for x, w in zip(vectors, self.weights[1:], strict=True):
+                    total.add_(x, alpha=w)
+            yield start, total if settings.scaling == 1.0 else total.mul_(settings.scaling)
+
+    def balance(self, settings: Settings) -> int:
+        """How many entries get a positive sign, less those that get a negative one."""
+        return sum(
+            int(votes(list(vectors), self.weights, settings.majority_sign).sign_().sum())
+            for _, vectors in self.pruned(settings)
         )
-        if rule.elects:
-            merged = disjoint_mean(list(pruned), weights, settings.majority_sign, settings.divisor, settings.if_zero)
-        else:
-            merged = next(pruned).mul_(weights[0])
-            for x, w in zip(pruned, weights[1:], strict=True):
-                merged.add_(x, alpha=w)
-        yield start, merged if settings.scaling == 1.0 else merged.mul_(settings.scaling)
 
 
 def _pruned(

@@ -17,7 +17,7 @@ from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.functional import randomized_svd
 from lora_fuse.merging.linear import from_svd, svd
 from lora_fuse.merging.options import Options
-from lora_fuse.merging.rules import Rule, Settings, choose, merged_blocks, settle
+from lora_fuse.merging.rules import Parts, Rule, Settings, choose, settle
 from lora_fuse.merging.terms import LayerTerm, Term
 from lora_fuse.merging.update import accumulation_dtype, stacked_factors
 
@@ -66,8 +66,8 @@ def merged_delta(path: str, parts: Sequence[LayerTerm], settings: Settings, dtyp
     rows, cols = factors[0][0].shape[0], factors[0][1].shape[1]
     merged = torch.empty(rows, cols, dtype=dtype)
     keys, weights = [p.key for p in parts], [p.weight for p in parts]
-    for start, merged_rows in merged_blocks(path, (rows, cols), keys, weights, block, masks, settings):
-        merged[start : start + merged_rows.shape[0]] = merged_rows
+    for start, block_of_sum in Parts(path, (rows, cols), keys, weights, block, masks).merged(settings):
+        merged[start : start + block_of_sum.shape[0]] = block_of_sum
     return merged
 
 
@@ -81,8 +81,8 @@ def sparsified_bias(path: str, parts: Sequence[LayerTerm], options: Options) -> 
     masks = [choose(settings, p.key, bias) for p, bias in zip(having, biases, strict=True)]
     keys, weights = [p.key for p in having], [p.weight for p in having]
     name, shape = f"{path}.lora_bias", (1, biases[0].numel())
-    blocks = merged_blocks(name, shape, keys, weights, lambda i, start, stop: biases[i][None].clone(), masks, settings)
-    return next(blocks)[1][0].to(options.dtype)
+    of_all = Parts(name, shape, keys, weights, lambda i, start, stop: biases[i][None].clone(), masks)
+    return next(of_all.merged(settings))[1][0].to(options.dtype)
 
 
 def _dtype(parts: Sequence[LayerTerm], options: Options) -> torch.dtype:

@@ -63,7 +63,10 @@ def load_sources(adapters: Sources) -> dict[str, LoraAdapter]:
 
             source = load_adapter(source)
         if not isinstance(source, LoraAdapter):
-            raise TypeError(f"adapters[{key!r}]: expected a LoraAdapter or a path, got {type(source).__name__}")
+            raise TypeError(
+                f"adapters[{key!r}]: expected a LoraAdapter or a path, got {type(source).__name__}; whole models need "
+                "base="
+            )
         loaded[str(key)] = source
     return loaded
 
@@ -80,30 +83,47 @@ def make_terms(adapters: Sources, weights: Weights, default: float = 1.0) -> lis
     """
     named = isinstance(adapters, Mapping)
     loaded = load_sources(adapters)
+    terms = []
+    for (key, adapter), value in zip(loaded.items(), read_weights(list(loaded), named, weights, default), strict=True):
+        shown = f"{key!r}" if named else f"#{key}" if adapter.source == "<memory>" else f"#{key} ({adapter.source})"
+        terms.append(Term(shown, adapter, value, key))
+    return terms
+
+
+def read_weights(
+    keys: Sequence[str], named: bool, weights: Weights, default: float = 1.0, what: str = "adapter"
+) -> list[float]:
+    """A weight for each key.
+
+    Args:
+        keys: of the adapters or models.
+        named: whether the keys are names, which ``weights`` may use.
+        weights, default: as in ``make_terms``.
+        what: what has weights, for messages.
+    Raises:
+        TypeError, ValueError: not finite numbers, or not as many as keys.
+    """
     values: list[float]
     if weights is None:
-        values = [default] * len(loaded)
+        values = [default] * len(keys)
     elif isinstance(weights, Mapping):
-        if not named or set(weights) != set(loaded):
-            have = sorted(loaded) if named else f"a list of {len(loaded)}"
-            raise ValueError(f"weights: a dict needs the adapters' own names, got {sorted(weights)} for {have}")
-        values = [weights[name] for name in loaded]
+        if not named or set(weights) != set(keys):
+            have = sorted(keys) if named else f"a list of {len(keys)}"
+            raise ValueError(f"weights: a dict needs the {what}s' own names, got {sorted(weights)} for {have}")
+        values = [weights[name] for name in keys]
     else:
         given = weights.tolist() if isinstance(weights, Tensor) else weights
         if not isinstance(given, Iterable):
-            raise TypeError(f"weights: expected a sequence of numbers, one per adapter, got {type(weights).__name__}")
+            raise TypeError(f"weights: expected a sequence of numbers, one per {what}, got {type(weights).__name__}")
         values = list(given)
-        if len(values) != len(loaded):
-            raise ValueError(f"weights: expected {len(loaded)}, one per adapter, got {len(values)}")
-    terms = []
-    for (key, adapter), value in zip(loaded.items(), values, strict=True):
+        if len(values) != len(keys):
+            raise ValueError(f"weights: expected {len(keys)}, one per {what}, got {len(values)}")
+    for key, value in zip(keys, values, strict=True):
         if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-            raise TypeError(f"weights: expected numbers, got {value!r} for adapter {key!r}")
+            raise TypeError(f"weights: expected numbers, got {value!r} for {what} {key!r}")
         if not math.isfinite(value):
-            raise ValueError(f"weights: expected finite numbers, got {value} for adapter {key!r}")
-        shown = f"{key!r}" if named else f"#{key}" if adapter.source == "<memory>" else f"#{key} ({adapter.source})"
-        terms.append(Term(shown, adapter, float(value), key))
-    return terms
+            raise ValueError(f"weights: expected finite numbers, got {value} for {what} {key!r}")
+    return [float(value) for value in values]
 
 
 def check_dtype(dtype: torch.dtype) -> None:
