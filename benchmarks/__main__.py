@@ -11,7 +11,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_merge, bench_model, bench_multi_lora, bench_sparse, bench_svd, bench_topk, roofline, tables
+from benchmarks import (
+    bench_compose,
+    bench_merge,
+    bench_model,
+    bench_multi_lora,
+    bench_sparse,
+    bench_svd,
+    bench_topk,
+    roofline,
+    tables,
+)
 from benchmarks.bench_multi_lora import all_shapes
 from benchmarks.rivals import RIVALS
 from lora_fuse import _cpu
@@ -43,6 +53,7 @@ def main() -> None:
     )
     print(here, flush=True)
     model = bench_model.run(1.0 if args.quick else 8.0)
+    composition = bench_compose.run(1.0 if args.quick else 20.0, args.quick)
     merge = bench_merge.bench(1024 if args.quick else 4096, repeats=7)
     svds = bench_svd.bench(1024 if args.quick else 4096, 2.0 if args.quick else 15.0)
     shapes, budget = all_shapes(args.quick), 0.3 if args.quick else 0.8
@@ -70,6 +81,9 @@ def main() -> None:
         f"torch.linalg.svd of the flat one: {svds[0]['full_us'] / 1e6:.1f} s, "
         f"{svds[0]['full_us'] / svds[0]['us']['lora_fuse, power_iters=2']:.0f}x ours):\n",
         tables.svds(svds),
+        f"A training step of learn_composition, {bench_compose.NUM_ADAPTERS} adapters on MiniLM-L6, beside the bare "
+        "model's forward and backward:\n",
+        tables.composition(composition),
         "Whole fine-tunes as sparse task vectors (PERU-FFT). Pruning to 10 %, exactly: how many times slower "
         "others are; the floor is two reads and one write\n"
         f"(one threshold for all {masks[1]['tensors']} tensors of MiniLM-L6, of {masks[1]['tasks']} tasks: "

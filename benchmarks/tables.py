@@ -88,6 +88,19 @@ def svds(rows: list[dict[str, Any]]) -> str:
     return table(["time, error / optimal - 1", *names, "floor of power_iters=2"], body)
 
 
+def composition(rows: list[dict[str, Any]]) -> str:
+    def over(r: dict[str, Any], name: str) -> str:
+        return f"{r['ms'][name]:.1f} ms ({r['ms'][name] / r['ms']['bare model']:.2f}x)"
+
+    body = [
+        [f"{r['rows']} x {r['tokens']}", str(r["rank"]), f"{r['ms']['bare model']:.1f} ms", over(r, "lora_fuse"),
+         over(r, "branch per adapter")]
+        for r in rows
+    ]  # fmt: skip
+    head = ["rows x tokens", "rank", "bare model to its inputs", "learn_composition", "branch per adapter"]
+    return table(head, body)
+
+
 def prune(rows: list[dict[str, Any]]) -> str:
     rivals = list(rows[0]["rival_us"])
     body = [

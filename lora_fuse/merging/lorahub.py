@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ def lorahub(
     budget: int = 40,
     seed: int = 42,
     *,
+    method: Literal["linear", "factor_average"] = "linear",
     bound: float = 1.5,
     penalty: float = 0.05,
     progress: bool = False,
@@ -48,9 +49,8 @@ def lorahub(
     """Search weights for a sum of adapters: ``W + sum_n w_n * scaling_n * B_n A_n``, ``w_n`` in ``[-bound, bound]``.
 
     Minimises ``mean loss over batches + penalty * mean(|w|)`` from ``w = 0`` by CMA-ES, ``budget`` evaluations in all;
-    the loss may be anything, an error count too. The sum is of the products, without the cross terms of LoraHub's own
-    sum of A's and B's apart. The model is as it was afterwards; no other thread may run it meanwhile. Heads of the
-    adapters take no part.
+    the loss may be anything, an error count too. The model is as it was afterwards; no other thread may run it
+    meanwhile. Heads of the adapters take no part.
 
     Args:
         model, adapters: as ``learn_composition`` takes them.
@@ -58,12 +58,14 @@ def lorahub(
         batches: all are read in every evaluation; no iterator.
         budget: evaluations, the first at ``w = 0``.
         seed: of the search, and of torch's random state in ``loss_fn``.
+        method: "linear", the sum of the products, or "factor_average", which adds A's and B's up apart as LoraHub does,
+            with cross terms, and needs adapters of one rank; ``merge`` has both.
         bound: largest magnitude of a weight.
         penalty: of the mean magnitude.
         progress: show a bar on stderr.
     Returns:
-        The best weights seen, by name. Weights of adapters that the model runs: ``lf.use_adapters(model, weights)``;
-        one adapter: ``lf.merge(adapters, weights)``.
+        The best weights seen, by name: ``lf.merge(adapters, weights, method=method)`` makes one adapter of them; for
+        "linear" they are a selection too, ``lf.use_adapters(model, weights)``.
     Raises:
         ImportError: pycma is not installed.
         TypeError, ValueError: as ``learn_composition``; a loss that is not finite at ``w = 0`` (elsewhere it
@@ -74,6 +76,8 @@ def lorahub(
     for name, value, least in (("budget", budget, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+    if method not in ("linear", "factor_average"):
+        raise ValueError(f"method: expected one of linear, factor_average, got {method!r}")
     if not 0.0 < bound < math.inf:
         raise ValueError(f"bound: expected a positive finite number, got {bound!r}")
     if not 0.0 <= penalty < math.inf:
@@ -83,7 +87,7 @@ def lorahub(
     history: list[tuple[tuple[float, ...], float]] = []
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
-        stack = make_stack(module, adapters, "lorahub")
+        stack = make_stack(module, adapters, "lorahub", apart=method == "factor_average")
         undo.enter_context(as_found(module, False, seed))
         undo.enter_context(torch.no_grad())
         undo.enter_context(stack.on())

@@ -1,7 +1,8 @@
 """The adapters of a layer as one stacked product: ``y += B (c * (A x))``, hooked onto a model for as long as needed.
 
 A and B are the adapters' factors one below the other, R rows in all; ``c [R]`` holds each row's weight times scaling,
-and is all that a gradient is wanted of. Nothing of the weight's shape is formed.
+and is all that a gradient is wanted of. Nothing of the weight's shape is formed. ``apart`` is LoraHub's way instead,
+``(sum w_i sqrt(s_i) B_i) (sum w_i sqrt(s_i) A_i)``, for adapters of one rank.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ class StackedLayer:
         module: a Linear, Conv1D, Conv2d or Embedding, or a Linear-like one.
         layers: the adapters' factors, at least one, all of this module's kind and shape.
         which: for each of ``layers`` its adapter's place among all.
+        apart: add up A's and B's apart.
     """
 
-    def __init__(self, path: str, module: nn.Module, layers: Sequence[LoraLayer], which: Sequence[int]) -> None:
-        self.path, self.kind = path, layers[0].kind
+    def __init__(
+        self, path: str, module: nn.Module, layers: Sequence[LoraLayer], which: Sequence[int], apart: bool
+    ) -> None:
+        self.path, self.kind, self.apart = path, layers[0].kind, apart
         device, dtype = device_of(module), pool_dtype(module, layers[0].lora_a.dtype)
         self.ranks, self.which = [layer.rank for layer in layers], list(which)
         self.scalings = [layer.scaling for layer in layers]
@@ -49,8 +53,9 @@ class StackedLayer:
             zero = b.new_zeros(b.shape[0])
             biases = [zero if layer.lora_bias is None else layer.lora_bias.detach().to(zero) for layer in layers]
             self.biases = torch.stack(biases)  # [adapters that have the layer, out]
-        self.column = b.new_empty(0, dtype=torch.float32)  # [R], weight * scaling
-        self.row = self.column  # [adapters that have the layer], likewise, for the biases
+        self.column = b.new_empty(0, dtype=torch.float32)  # [R], weight * scaling; apart: weight * its root, for B
+        self.column_a = self.column  # [R], apart: likewise, for A
+        self.row = self.column  # [adapters that have the layer], weight * scaling, for the biases
 
     @property
     def rank(self) -> int:
@@ -67,11 +72,11 @@ class StackedLayer:
             h = F.embedding(x, self.a)
         else:
             h = F.linear(x if autocasts(x) else x.to(self.a.dtype), self.a)
-        h = (h * self.column).to(self.b.dtype)  # [..., R]; the product is in fp32, so is the gradient of `column`
+        h = self._weigh(h, -1)
         scale = getattr(module, "embed_scale", None) if self.kind == "embedding" else None
         if scale is not None:
             h = h * scale
-        if y.dtype == self.b.dtype or autocasts(x):
+        if y.dtype == self.b.dtype and not autocasts(x):
             flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.b.t())
             y = flat.view(y.shape)
         else:
@@ -80,9 +85,17 @@ class StackedLayer:
 
     def _conv2d(self, module: Any, x: Tensor, y: Tensor) -> Tensor:
         h = nn.Conv2d._conv_forward(module, x if autocasts(x) else x.to(self.a.device, self.a.dtype), self.a, None)
-        h = (h * self.column[:, None, None]).to(self.b.dtype)  # [..., R, height, width]
+        h = self._weigh(h, -3)
         y = y + F.conv2d(h, self.b[:, :, None, None]).to(y.device, y.dtype)
         return y if self.biases is None else y + self._bias()[:, None, None].to(y.device, y.dtype)
+
+    def _weigh(self, h: Tensor, dim: int) -> Tensor:
+        """``h`` with its R channels along ``dim`` weighted, in fp32, so that the gradient of ``column`` is too."""
+        shape = (-1, *[1] * (-1 - dim))
+        if self.apart:
+            each = (h * self.column_a.view(shape)).unflatten(dim, (len(self.ranks), -1))
+            h = each.sum(dim - 1, keepdim=True).expand_as(each).flatten(dim - 1, dim)
+        return (h * self.column.view(shape)).to(self.b.dtype)
 
     def _bias(self) -> Tensor:
         """``[out]``, the sum of weight * scaling * lora_bias."""
@@ -102,12 +115,12 @@ class Stack:
         device: of the weights, the first layer's.
     """
 
-    def __init__(self, model: nn.Module, adapters: Mapping[str, LoraAdapter]) -> None:
+    def __init__(self, model: nn.Module, adapters: Mapping[str, LoraAdapter], apart: bool) -> None:
         attachment = model.__dict__.get("lora_attachment")
         held, sparse = (attachment.layers, attachment.sparse) if attachment is not None else ({}, {})
         planned = plan(model, adapters, held, sparse, {}, sys.maxsize)
         modules = dict(model.named_modules())
-        self.model, self.attached = model, attachment is not None
+        self.model, self.attached, self.apart = model, attachment is not None, apart
         self.names = tuple(adapters)
         self.adapters = {n: replace(a, layers=planned.adapters[n].layers) for n, a in adapters.items()}
         self.layers: dict[str, StackedLayer] = {}
@@ -115,7 +128,13 @@ class Stack:
             which = [i for i, a in enumerate(self.adapters.values()) if path in a.layers]
             if which:
                 found = [self.adapters[self.names[i]].layers[path] for i in which]
-                self.layers[path] = StackedLayer(path, module, found, which)
+                self.layers[path] = StackedLayer(path, module, found, which, apart)
+                if apart and len({layer.rank for layer in found}) > 1:
+                    ranks = {self.names[i]: layer.rank for i, layer in zip(which, found, strict=True)}
+                    raise ValueError(
+                        f"layer {path!r}: method 'factor_average' adds A's and B's up and needs one rank, got {ranks}; "
+                        "use 'linear'"
+                    )
         present = [[path in a.layers for a in self.adapters.values()] for path in self.layers]
         self.present = torch.tensor(present)
         first, *_ = self.layers.values()
@@ -137,9 +156,15 @@ class Stack:
 
     def set_weights(self, weights: Tensor) -> None:
         """Use ``weights [num_layers, num_adapters]``, of ``dtype``, in the forwards to come; gradients flow into it."""
-        columns = (weights.flatten()[self._index] * self._scaling).split([s.rank for s in self.layers.values()])
-        for i, (layer, column) in enumerate(zip(self.layers.values(), columns, strict=True)):
+        each, sizes = weights.flatten()[self._index], [layer.rank for layer in self.layers.values()]
+        root = self._scaling.abs().sqrt()
+        columns = (each * (root.copysign(self._scaling) if self.apart else self._scaling)).split(sizes)
+        for layer, column in zip(self.layers.values(), columns, strict=True):
             layer.column = column.to(layer.a.device)
+        if self.apart:
+            for layer, column in zip(self.layers.values(), (each * root).split(sizes), strict=True):
+                layer.column_a = column.to(layer.a.device)
+        for i, layer in enumerate(self.layers.values()):
             if layer.biases is not None:
                 scalings = weights.new_tensor(layer.scalings)
                 layer.row = (weights[i, layer.which] * scalings).to(layer.a.device)
@@ -164,13 +189,14 @@ class Stack:
             yield
 
 
-def make_stack(model: nn.Module, adapters: Any, what: str) -> Stack:
+def make_stack(model: nn.Module, adapters: Any, what: str, apart: bool = False) -> Stack:
     """Load the adapters and fit them to a model; nothing is changed yet.
 
     Args:
         model: the module whose paths the adapters name.
         adapters: name -> ``LoraAdapter``, or where one lies.
         what: the function on whose behalf, for messages.
+        apart: add up A's and B's apart.
     Raises:
         TypeError, ValueError: no adapters by name, or one that does not fit the model or cannot be weighted.
     Warns:
@@ -187,4 +213,4 @@ def make_stack(model: nn.Module, adapters: Any, what: str) -> Stack:
                 "cannot weigh it; fuse it into a copy of the model and give the plain LoRA of the difference"
             )
     warn_about_bases([Term(repr(name), adapter, 1.0) for name, adapter in loaded.items()])
-    return Stack(model, {name: replace(a, modules_to_save={}) for name, a in loaded.items()})
+    return Stack(model, {name: replace(a, modules_to_save={}) for name, a in loaded.items()}, apart)

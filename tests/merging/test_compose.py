@@ -282,6 +282,10 @@ def test_conv_forms_padding_modes_and_half_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return cross_entropy(m, batch)
 
+    stack = make_stack(model, adapters, "test")
+    stack.set_weights(torch.full((7, 3), 0.5))
+    with stack.on(), torch.autocast("cpu", torch.bfloat16):
+        assert model.emb(_first()[0]).dtype == torch.float32  # as without adapters
     mixed = lf.learn_composition(model, adapters, autocast, [_first()], steps=1)
     full = lf.learn_composition(model, adapters, cross_entropy, [_first()], steps=1)
     assert mixed.history.loss[0] == pytest.approx(full.history.loss[0], rel=0.05)

@@ -40,6 +40,25 @@ def test_objective_of_every_evaluation_and_the_best_is_returned() -> None:
 
 
 @needs_cma
+def test_factors_added_up_apart_are_merges_factor_average() -> None:
+    model = Net().eval()
+    paths = ("emb", "conv", "blocks.0.up")
+    adapters = {
+        n: make_adapter(model, dict.fromkeys(paths, 2), alpha, bias=n == "b")
+        for n, alpha in zip("ab", (3, -2), strict=True)
+    }
+    data = batches()
+    found = lf.lorahub(model, adapters, cross_entropy, data, budget=8, method="factor_average")
+    for weights, objective in found.history[1:]:
+        lf.fuse(fused := copy.deepcopy(model), lf.merge(list(adapters.values()), weights, method="factor_average"))
+        with torch.no_grad():
+            loss = sum(cross_entropy(fused, b).item() for b in data) / 3
+        assert objective == pytest.approx(loss + 0.05 * np.abs(weights).mean(), rel=1e-4)
+    with pytest.raises(ValueError, match=r"layer 'emb': method 'factor_average' .* one rank, got {'a': 2, 'b': 3"):
+        lf.lorahub(model, three_adapters(model), cross_entropy, data, method="factor_average")
+
+
+@needs_cma
 def test_finds_the_adapter_that_the_target_is() -> None:
     model = Net().eval()
     adapters = {n: make_adapter(model, dict.fromkeys(ALL, 2)) for n in "abcd"}
@@ -108,6 +127,7 @@ def test_one_adapter_losses_without_gradient_and_overflow() -> None:
         ({"adapters": [1]}, TypeError, "adapters: expected a dict of names to adapters, got list"),
         ({"budget": 0}, ValueError, "budget: expected an integer from 1, got 0"),
         ({"seed": 1.5}, ValueError, "seed: expected an integer from 0"),
+        ({"method": "svd"}, ValueError, "method: expected one of linear, factor_average, got 'svd'"),
         ({"bound": 0}, ValueError, "bound: expected a positive finite number, got 0"),
         ({"penalty": -1}, ValueError, "penalty: expected a finite number from 0"),
         ({"batches": iter(batches(3))}, ValueError, "batches: an iterator can be read once"),
