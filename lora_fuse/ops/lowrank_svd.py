@@ -4,11 +4,10 @@ With ``Bc = [B_1 | ... | B_N]``, ``Ac = [A_1; ...; A_N]`` and W the weights, one
 gives ``Bc = Qb Rb`` and ``Ac^T = Qa Ra``; the SVD of the ``R x R`` core ``Rb W Ra^T = U S V^T`` then yields the sum's
 own: ``(Qb U) S (Qa V)^T``.
 
-Everything runs in fp64. The factors are thin, so that is affordable (geqrf of 4096 x 128 on a Sapphire Rapids: 5.0 ms
-against 4.7 in fp32 with two threads, 8.9 against 5.7 with one), and it keeps the answer right where fp32 loses it:
-for adapters that differ by 1e-4 and get weights 1 and -1 the fp32 result is off by 5e-3, for 1e-6 by half. A Gram
-matrix instead of QR costs a third, but squares the condition number: even in fp64 it drowns singular values below 1e-8
-of the largest.
+Everything runs in fp64. The factors are thin, so that is affordable, and it keeps the answer right where fp32 loses it:
+for adapters that differ by 1e-4 and get weights 1 and -1 the fp32 result is off by 5e-3, for 1e-6 by half. The QR is
+Householder's for such adapters and for fp64 factors: a Gram matrix squares the condition number, in fp64 it drowns
+singular values below 1e-8 of the largest. Well-conditioned fp32 factors take the Gram matrix (``factored.reduce``).
 """
 
 from __future__ import annotations
@@ -56,8 +55,9 @@ def lowrank_svd(
     """
     coefs = check_products(lora_bs, lora_as, weights, rank, energy)
     columns = [c for b, c in zip(lora_bs, coefs, strict=True) for _ in range(b.shape[-1])]
-    left_q, left_core = reduce(side_by_side(lora_bs))
-    right_q, right_core = reduce(side_by_side([a.mT for a in lora_as]))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*lora_bs, *lora_as)) else torch.float32
+    left_q, left_core = reduce(side_by_side(lora_bs), dtype)
+    right_q, right_core = reduce(side_by_side([a.mT for a in lora_as]), dtype)
     column_coefs = left_core.new_tensor(columns)
     left_core = left_core * column_coefs  # Bc diag(c) = Qb (Rb diag(c)), and Rb has far fewer rows
     core = left_core @ right_core.mT  # [..., min(m, R), min(n, R)]
@@ -74,7 +74,6 @@ def lowrank_svd(
     norm, residual = torch.linalg.vector_norm(s, dim=-1), torch.linalg.vector_norm(s[..., k:], dim=-1)
     u = apply_q(left_q, u[..., :k])  # [..., m, k]
     v = apply_q(right_q, vh[..., :k, :].mT)  # [..., n, k]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*lora_bs, *lora_as)) else torch.float32
     return make_svd(u, s[..., :k], v, residual, norm, dtype)
 
 

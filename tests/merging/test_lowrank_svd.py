@@ -98,6 +98,23 @@ def test_fp32_result_is_within_1e_5_of_optimal(case: str) -> None:
         assert error <= optimal * (1 + 1e-5) + 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("case", ["mixed_ranks", "graded", "collinear_1e-4", "cancelling"])
+def test_fp32_factors_lose_no_singular_value(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, geqrf = [], torch.geqrf
+    monkeypatch.setattr(torch, "geqrf", lambda x: calls.append(x) or geqrf(x))
+    bs, as_, weights = CASES[case]()
+    s_exact = torch.linalg.svdvals(_dense(bs, as_, weights))
+    got = lf.functional.lowrank_svd(bs, as_, weights)
+    noise = 1e-14 * sum(
+        abs(w) * b.double().norm() * a.double().norm() for b, a, w in zip(bs, as_, weights, strict=True)
+    )
+    torch.testing.assert_close(got.S.double(), s_exact[: got.S.shape[0]], rtol=1e-6, atol=float(noise))
+    torch.testing.assert_close(got.norm, s_exact.norm(), rtol=1e-8, atol=float(noise))
+    for q in (got.U.double(), got.Vh.double().T):
+        torch.testing.assert_close(q.T @ q, torch.eye(q.shape[1], dtype=torch.float64), rtol=0, atol=1e-6)
+    assert bool(calls) == (case in ("collinear_1e-4", "cancelling"))  # Cholesky where the columns allow
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_factors_are_taken_exactly(dtype: torch.dtype) -> None:
     bs, as_, weights = _random(40, 30, [4, 4])
