@@ -154,7 +154,7 @@ def _krylov(
     v = torch.cat(right, dim=-1) @ v.to(dtype)
     squared = total - s.square().sum(-1)
     guessed = isinstance(x, Custom) and x.squared_norm() is None
-    if guessed or bool((squared < 1e-2 * total).any()):
+    if guessed or bool((squared < 1e-3 * total).any()):
         squared = _squared_error(x, dtype, u * s.to(dtype)[..., None, :], v)
     if guessed:  # what was found is known better than the whole
         norm = (squared + s.square().sum(-1)).sqrt()
