@@ -25,33 +25,49 @@ void check_ranks(const int32_t* slot_rank, int64_t num_slots, int max_rank) {
       fail("slot_rank: slot " + std::to_string(s) + " has rank " + std::to_string(slot_rank[s]) + ", accepted are 0 to " + std::to_string(max_rank));
 }
 
+// A call whose tensors fit together, without its type.
+struct Checked {
+  TensorView x, y, a, b;
+  Rows xr, yr, ar, br;
+  const int32_t* ranks;
+  const float* scaling;
+  int max_rank;
+  RoutingView routing;
+};
+
 template <class T>
-void run(void (*kernel)(const MultiLora<T>&), const TensorView& x, const Rows& xr, const TensorView& y, const Rows& yr,
-         const TensorView& a, const Rows& ar, const TensorView& b, const Rows& br, const int32_t* slot_rank,
-         const float* slot_scaling, int max_rank, const RoutingView& routing, float* workspace, int threads) {
-  const MultiLora<T> call{
-      {reinterpret_cast<const T*>(x.data), xr.rows, xr.cols, xr.stride},
-      {reinterpret_cast<T*>(y.data), yr.rows, yr.cols, yr.stride},
-      {reinterpret_cast<const T*>(a.data), ar.rows, ar.cols, ar.stride},
-      {reinterpret_cast<const T*>(b.data), br.rows, br.cols, br.stride},
-      slot_rank, slot_scaling, max_rank, routing, workspace, threads};
-  if (int64_t(routing.num_pairs) * max_rank * (xr.cols + yr.cols) < kReleaseGil) return kernel(call);
+void run(void (*kernel)(const MultiLora<T>*, int), const Checked* checked, int n, float* workspace, int threads) {
+  MultiLora<T> calls[kMaxSlices];
+  int64_t work = 0;
+  for (int i = 0; i < n; ++i) {
+    const Checked& c = checked[i];
+    calls[i] = {{reinterpret_cast<const T*>(c.x.data), c.xr.rows, c.xr.cols, c.xr.stride},
+                {reinterpret_cast<T*>(c.y.data), c.yr.rows, c.yr.cols, c.yr.stride},
+                {reinterpret_cast<const T*>(c.a.data), c.ar.rows, c.ar.cols, c.ar.stride},
+                {reinterpret_cast<const T*>(c.b.data), c.br.rows, c.br.cols, c.br.stride},
+                c.ranks, c.scaling, c.max_rank, c.routing, workspace, threads};
+    work += int64_t(c.routing.num_pairs) * c.max_rank * (c.xr.cols + c.yr.cols);
+  }
+  if (work < kReleaseGil) return kernel(calls, n);
   py::gil_scoped_release nogil;
-  kernel(call);
+  kernel(calls, n);
 }
 
-// pool: (pool_a, pool_b, slot_rank, slot_scaling); route: (rows, weights, segment_starts, row_starts, row_pairs).
-// Adds into out. False, and nothing done, if this is not for us: another device, a dtype without a kernel, or an x that
-// has no [rows, cols] view.
-bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::tuple& route, int threads) {
-  if (pool.size() != 4 || route.size() != 5) fail("pool, routing: expected 4 and 5 tensors");
-  const auto at = [](const py::tuple& t, int i) { return py::handle(PyTuple_GET_ITEM(t.ptr(), i)); };
-  const py::handle pool_a = at(pool, 0), pool_b = at(pool, 1), slot_rank = at(pool, 2), slot_scaling = at(pool, 3);
-  const TensorView xv = view(x, "x");
-  Rows xr, yr, ar, br;
-  if (!xv.on_cpu || !has_kernel(xv.dtype) || !collapse(xv, &xr)) return false;
+// Whether the kernels take this x at all: not on another device, nor of a dtype without a kernel, nor without a
+// [rows, cols] view.
+bool takes(const TensorView& xv, Rows* xr) {
+  if (!xv.on_cpu || !has_kernel(xv.dtype) || !collapse(xv, xr)) return false;
   expect_memory(xv, "x");
-  const TensorView yv = host(out, "out"), av = host(pool_a, "pool_a"), bv = host(pool_b, "pool_b");
+  return true;
+}
+
+// pool: (pool_a, pool_b, slot_rank, slot_scaling). route: read if there is no `routing` yet.
+Checked check(const TensorView& xv, const Rows& xr, const TensorView& yv, const py::tuple& pool, const py::tuple& route,
+              const RoutingView* routing) {
+  if (pool.size() != 4) fail("pool: expected 4 tensors");
+  const auto at = [&](int i) { return py::handle(PyTuple_GET_ITEM(pool.ptr(), i)); };
+  Rows yr, ar, br;
+  const TensorView av = host(at(0), "pool_a"), bv = host(at(1), "pool_b");
   if (!collapse(yv, &yr) || (yr.rows > 1 && yr.stride < yr.cols))
     fail("out: expected unit stride in the last dimension and one stride between rows, got shape " + show(yv));
   if (av.ndim != 2 || bv.ndim != 2 || !collapse(av, &ar) || !collapse(bv, &br))
@@ -64,36 +80,51 @@ bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::t
   if (xr.rows != yr.rows) fail("x, out: shapes " + show(xv) + " and " + show(yv) + " have different numbers of rows");
   if (ar.rows != br.rows) fail("pool_a, pool_b: " + std::to_string(ar.rows) + " and " + std::to_string(br.rows) + " rows");
 
-  const TensorView rank = host(slot_rank, "slot_rank"), scaling = host(slot_scaling, "slot_scaling");
+  const TensorView rank = host(at(2), "slot_rank"), scaling = host(at(3), "slot_scaling");
   const int64_t num_slots = rank.ndim == 1 ? rank.shape[0] : 0;
   expect_vector(rank, "slot_rank", kInt32, "int32", num_slots);
   expect_vector(scaling, "slot_scaling", kFloat32, "float32", num_slots);
   if (num_slots == 0 ? ar.rows != 0 : ar.rows % num_slots != 0)
     fail("pool_a: " + std::to_string(ar.rows) + " rows are no multiple of " + std::to_string(num_slots) + " slots");
-  const int64_t max_rank64 = num_slots ? ar.rows / num_slots : 0;
-  if (max_rank64 > kStackWorkspace)
-    fail("pool_a: " + std::to_string(max_rank64) + " ranks a slot, accepted are at most " + std::to_string(kStackWorkspace));
-  const int max_rank = int(max_rank64);
+  const int64_t max_rank = num_slots ? ar.rows / num_slots : 0;
+  if (max_rank > kStackWorkspace)
+    fail("pool_a: " + std::to_string(max_rank) + " ranks a slot, accepted are at most " + std::to_string(kStackWorkspace));
 
   const auto* const ranks = reinterpret_cast<int32_t*>(rank.data);
-  check_ranks(ranks, num_slots, max_rank);
-  const RoutingView routing = read_routing(route, num_slots, xr.rows);
+  check_ranks(ranks, num_slots, int(max_rank));
+  const bool read = routing && routing->num_slots == num_slots;
   const Extent y_extent = extent(yv, yr);
+  const Checked checked{xv, yv, av, bv, xr, yr, ar, br, ranks, reinterpret_cast<float*>(scaling.data), int(max_rank),
+                        read ? *routing : read_routing(route, num_slots, xr.rows)};
   if (overlap(y_extent, extent(xv, xr))) fail("x, out: share memory");
   if (overlap(y_extent, extent(av, ar)) || overlap(y_extent, extent(bv, br))) fail("out: shares memory with a pool");
+  return checked;
+}
 
+void run_all(const Checked* checked, int n, int threads) {
   std::unique_ptr<float[]> room;  // the intermediate of a whole batch, which rows with several pairs need at once
-  if (routing.row_starts && int64_t(routing.num_pairs) * max_rank > kStackWorkspace)
-    room.reset(new float[int64_t(routing.num_pairs) * max_rank]);
-
+  int64_t most = 0;
+  for (int i = 0; i < n; ++i)
+    if (checked[i].routing.row_starts) most = std::max(most, int64_t(checked[i].routing.num_pairs) * checked[i].max_rank);
+  if (most > kStackWorkspace) room.reset(new float[most]);
   const KernelTable& k = kernels();
-  const auto* const scale = reinterpret_cast<float*>(scaling.data);
-  if (same(xv.dtype, kFloat32))
-    run(k.multi_lora_f32, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, room.get(), threads);
-  else if (same(xv.dtype, kBfloat16))
-    run(k.multi_lora_bf16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, room.get(), threads);
+  if (same(checked->x.dtype, kFloat32))
+    run(k.multi_lora_f32, checked, n, room.get(), threads);
+  else if (same(checked->x.dtype, kBfloat16))
+    run(k.multi_lora_bf16, checked, n, room.get(), threads);
   else
-    run(k.multi_lora_fp16, xv, xr, yv, yr, av, ar, bv, br, ranks, scale, max_rank, routing, room.get(), threads);
+    run(k.multi_lora_fp16, checked, n, room.get(), threads);
+}
+
+// pool: (pool_a, pool_b, slot_rank, slot_scaling); route: (rows, weights, segment_starts, row_starts, row_pairs).
+// Adds into out. False, and nothing done, if this is not for us.
+bool multi_lora(py::handle out, py::handle x, const py::tuple& pool, const py::tuple& route, int threads) {
+  if (pool.size() != 4 || route.size() != 5) fail("pool, routing: expected 4 and 5 tensors");
+  const TensorView xv = view(x, "x");
+  Rows xr;
+  if (!takes(xv, &xr)) return false;
+  const Checked checked = check(xv, xr, host(out, "out"), pool, route, nullptr);
+  run_all(&checked, 1, threads);
   return true;
 }
 
@@ -209,25 +240,68 @@ bool multi_lora_eager(py::handle out, py::handle x, py::handle buffers, py::hand
   return apply(out, x, buffers, get(routing, names.tensors));
 }
 
-// One layer of a running forward. local: the thread's state, whose `cache` is a dict from the leading dimensions of a CPU
-// input to its Routing (None: no adapter), or None outside a forward. y: the bare layer's output, nobody else's. False,
-// and nothing done, unless all is there and plain.
-bool serve(py::handle y, py::handle x, py::handle local, py::handle buffers) {
+// The Routing of this input in the running forward, from `cache`, a dict from the leading dimensions of a CPU input to its
+// Routing (None: no adapter). Null where there is none, or where the dispatcher has a part to play. y is nobody else's.
+py::object current_routing(py::handle y, py::handle x, py::handle local, TensorView* xv, TensorView* yv) {
   const py::object cache = get(local, names.cache);
   // routings made for a forward have no weights that want a gradient
-  if (!PyDict_CheckExact(cache.ptr()) || !may_bypass(x, y, py::none(), true)) return false;
-  TensorView xv, yv;
-  if (!try_view(x, &xv) || !try_view(y, &yv) || !xv.on_cpu || !same(xv.dtype, yv.dtype) || xv.ndim < 1) return false;
-  const py::tuple lead(xv.ndim - 1);
-  for (int i = 0; i + 1 < xv.ndim; ++i) PyTuple_SET_ITEM(lead.ptr(), i, PyLong_FromLongLong(xv.shape[i]));
+  if (!PyDict_CheckExact(cache.ptr()) || !may_bypass(x, y, py::none(), true)) return {};
+  if (!try_view(x, xv) || !try_view(y, yv) || !xv->on_cpu || !same(xv->dtype, yv->dtype) || xv->ndim < 1) return {};
+  const py::tuple lead(xv->ndim - 1);
+  for (int i = 0; i + 1 < xv->ndim; ++i) PyTuple_SET_ITEM(lead.ptr(), i, PyLong_FromLongLong(xv->shape[i]));
   const py::object routing = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(cache.ptr(), lead.ptr()));
-  if (!routing) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return false;
-  }
+  if (!routing && PyErr_Occurred()) throw py::error_already_set();
+  return routing;
+}
+
+bool without_bias(py::handle buffers) {
+  const py::handle bias = PyDict_Check(buffers.ptr()) ? PyDict_GetItem(buffers.ptr(), names.slot_bias) : nullptr;
+  return bias && bias.is_none();
+}
+
+// One layer of a running forward. local: the thread's state, whose `cache` is None outside a forward. y: the bare layer's
+// output. False, and nothing done, unless all is there and plain.
+bool serve(py::handle y, py::handle x, py::handle local, py::handle buffers) {
+  TensorView xv, yv;
+  const py::object routing = current_routing(y, x, local, &xv, &yv);
+  if (!routing) return false;
   if (routing.is_none()) return true;
-  const py::handle bias = PyDict_GetItem(buffers.ptr(), names.slot_bias);
-  return bias && bias.is_none() && apply(y, x, buffers, get(routing, names.tensors));
+  return without_bias(buffers) && apply(y, x, buffers, get(routing, names.tensors));
+}
+
+// The same for layers that share x, whose outputs lie side by side in y. parts: (buffers of the pool or None, width) of
+// each.
+bool serve_packed(py::handle y, py::handle x, py::handle local, py::handle parts) {
+  if (!PyTuple_Check(parts.ptr()) || PyTuple_GET_SIZE(parts.ptr()) > kMaxSlices)
+    throw py::type_error("parts: expected a tuple of at most " + std::to_string(kMaxSlices) + " (buffers or None, width)");
+  TensorView xv, yv;
+  const py::object routing = current_routing(y, x, local, &xv, &yv);
+  if (!routing) return false;
+  if (routing.is_none()) return true;
+  Rows xr;
+  if (!takes(xv, &xr) || yv.ndim < 1) return false;
+  const py::tuple route = get(routing, names.tensors);
+  Checked checked[kMaxSlices];
+  int n = 0;
+  int64_t column = 0;
+  for (const py::handle part : py::reinterpret_borrow<py::tuple>(parts)) {
+    const auto pair = py::cast<py::tuple>(part);
+    const int64_t width = PyLong_AsLongLong(py::handle(pair[1]).ptr());
+    const py::handle buffers = PyTuple_GET_ITEM(pair.ptr(), 0);
+    TensorView slice = yv;
+    if (width < 0 || column + width > yv.shape[yv.ndim - 1]) fail("parts: wider than y");
+    slice.shape[slice.ndim - 1] = width;
+    slice.data += column * slice.strides[slice.ndim - 1] * (slice.dtype.bits / 8);
+    column += width;
+    if (buffers.is_none()) continue;
+    if (!without_bias(buffers)) return false;
+    checked[n] = check(xv, xr, slice, pool_tensors(buffers), route, n ? &checked[0].routing : nullptr);
+    ++n;
+  }
+  if (n == 0) return true;
+  run_all(checked, n, num_threads());
+  bump_version(y);
+  return true;
 }
 
 template <bool (*F)(PyObject* const*)>
@@ -245,13 +319,15 @@ PyObject* fastcall(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return nullptr;
 }
 
-// (out, x, buffers of the pool, routing) and (y, x, thread state, buffers of the pool)
+// (out, x, buffers of the pool, routing), (y, x, thread state, buffers of the pool) and (y, x, thread state, parts)
 bool multi_lora_eager_args(PyObject* const* a) { return multi_lora_eager(a[0], a[1], a[2], a[3]); }
 bool serve_args(PyObject* const* a) { return serve(a[0], a[1], a[2], a[3]); }
+bool serve_packed_args(PyObject* const* a) { return serve_packed(a[0], a[1], a[2], a[3]); }
 
 PyMethodDef fast_methods[] = {
     {"multi_lora_eager", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fastcall<multi_lora_eager_args>)), METH_FASTCALL, nullptr},
     {"serve", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fastcall<serve_args>)), METH_FASTCALL, nullptr},
+    {"serve_packed", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fastcall<serve_packed_args>)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -12,9 +12,10 @@ namespace lora_fuse {
 
 struct KernelTable {
   const char* name;
-  void (*multi_lora_f32)(const MultiLora<float>&);
-  void (*multi_lora_bf16)(const MultiLora<bf16>&);
-  void (*multi_lora_fp16)(const MultiLora<fp16>&);
+  // calls and their number, at most kMaxSlices, that share x, routing and threads and write different columns
+  void (*multi_lora_f32)(const MultiLora<float>*, int);
+  void (*multi_lora_bf16)(const MultiLora<bf16>*, int);
+  void (*multi_lora_fp16)(const MultiLora<fp16>*, int);
   TopkKernels topk;
   SparseKernels sparse;
 };

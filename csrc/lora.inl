@@ -235,22 +235,46 @@ bool deals_out(const MultiLora<T>& p, int64_t ranks, int threads) {
 }
 
 template <class T>
-void multi_lora(const MultiLora<T>& p) {
+int64_t ranks_of(const MultiLora<T>& p) {  // summed over pairs
+  int64_t ranks = 0;
+  for (int s = 0; s < p.routing.num_slots; ++s) ranks += int64_t(p.routing.starts[s + 1] - p.routing.starts[s]) * p.slot_rank[s];
+  return ranks;
+}
+
+// The slot whose pairs the team shares on tiles, or -1.
+template <class T>
+int one_slot([[maybe_unused]] const MultiLora<T>& p, [[maybe_unused]] int threads) {
+#ifdef LF_AMX
+  if constexpr (Dot<T>::TILES) return amx_one_slot(p, threads);
+#endif
+  return -1;
+}
+
+template <class T>
+bool intermediate_fits(const MultiLora<T>& p) {
+  return int64_t(p.routing.num_pairs) * p.max_rank <= H_FLOATS;
+}
+
+// Whether each thread takes whole rows, and not all threads a part of every row.
+template <class T>
+bool goes_by_rows(const MultiLora<T>& p, int64_t ranks, int threads) {
+  if (p.routing.row_starts) return false;
+#ifdef LF_AMX
+  if constexpr (Dot<T>::TILES)  // tiles or not must not depend on the number of threads
+    if (amx_any(p)) return true;
+#endif
+  return threads == 1 || p.routing.num_pairs >= 8 * threads || !intermediate_fits(p) || deals_out(p, ranks, threads);
+}
+
+template <class T>
+void multi_lora_alone(const MultiLora<T>& p) {
   const Call<T> call{p};
-  const RoutingView& route = p.routing;
-  int64_t ranks = 0;  // summed over pairs
-  for (int s = 0; s < route.num_slots; ++s) ranks += int64_t(route.starts[s + 1] - route.starts[s]) * p.slot_rank[s];
+  const int64_t ranks = ranks_of(p);
   if (ranks == 0 || p.x.cols == 0) return;
   const int64_t work = ranks * (p.x.cols + p.y.cols);  // multiply-adds
   const int threads = work < PARALLEL_MIN_WORK ? 1 : p.threads;
-
-  const bool mixed = route.row_starts != nullptr, fits = int64_t(route.num_pairs) * p.max_rank <= H_FLOATS;
-  bool by_rows = !mixed && (threads == 1 || route.num_pairs >= 8 * threads || !fits || deals_out(p, ranks, threads));
-#ifdef LF_AMX
-  if constexpr (Dot<T>::TILES)  // tiles or not must not depend on the number of threads
-    by_rows = (by_rows || (!mixed && amx_any(p))) && amx_one_slot(p, threads) < 0;
-#endif
-  if (by_rows) {
+  const int slot = one_slot(p, threads);
+  if (slot < 0 && goes_by_rows(p, ranks, threads)) {
     parallel(threads, [&](int thread, int team) {
       call.rows(pair_at(p, ranks * thread / team), pair_at(p, ranks * (thread + 1) / team));
     });
@@ -259,13 +283,43 @@ void multi_lora(const MultiLora<T>& p) {
   alignas(64) float stack_h[H_FLOATS];
 #ifdef LF_AMX
   if constexpr (Dot<T>::TILES)
-    if (const int slot = amx_one_slot(p, threads); slot >= 0) {
+    if (slot >= 0) {
       parallel(threads, [&](int thread, int team) { amx_shared(p, slot, stack_h, thread, team); });
       return;
     }
 #endif
-  float* const h = fits ? stack_h : p.workspace;
+  float* const h = intermediate_fits(p) ? stack_h : p.workspace;
   parallel(threads, [&](int thread, int team) { call.features(h, thread, team); });
+}
+
+// Slices of one layer that share x and the routing. One team does them all, where more than one thread has work.
+template <class T>
+void multi_lora(const MultiLora<T>* slices, int n) {
+  int64_t ranks[kMaxSlices], work = 0;
+  for (int i = 0; i < n; ++i) ranks[i] = ranks_of(slices[i]), work += ranks[i] * (slices[i].x.cols + slices[i].y.cols);
+  const int threads = n < 2 || work < PARALLEL_MIN_WORK || slices[0].x.cols == 0 ? 1 : slices[0].threads;
+  bool together = threads > 1;
+  for (int i = 0; i < n && together; ++i) together = intermediate_fits(slices[i]) && one_slot(slices[i], threads) < 0;
+  if (!together) {
+    for (int i = 0; i < n; ++i) multi_lora_alone(slices[i]);
+    return;
+  }
+  bool by_rows[kMaxSlices];
+  for (int i = 0; i < n; ++i) by_rows[i] = goes_by_rows(slices[i], ranks[i], threads);
+  // Two: who writes the second has met, at its barrier, all who read the first.
+  alignas(64) float stack_h[2][H_FLOATS];
+  parallel(threads, [&](int thread, int team) {
+    int turn = 0;
+    for (int i = 0; i < n; ++i) {
+      const MultiLora<T>& p = slices[i];
+      const Call<T> call{p};
+      if (ranks[i] == 0) continue;
+      if (by_rows[i])
+        call.rows(pair_at(p, ranks[i] * thread / team), pair_at(p, ranks[i] * (thread + 1) / team));
+      else
+        call.features(stack_h[turn++ % 2], thread, team);
+    }
+  });
 }
 
 inline void fill(KernelTable& table) {

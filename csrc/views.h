@@ -6,6 +6,7 @@
 namespace lora_fuse {
 
 constexpr int kStackWorkspace = 16384;  // floats of intermediate that a call keeps on its stack
+constexpr int kMaxSlices = 8;           // calls that share x and routing, in one
 
 struct bf16 {
   uint16_t bits;

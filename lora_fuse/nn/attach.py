@@ -17,9 +17,10 @@ from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.adapters.sparse_files import load_sparse_adapter, sparse_folder
-from lora_fuse.nn import bypass, generate, heads
+from lora_fuse.nn import bypass, generate, heads, packing
 from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
 from lora_fuse.nn.linear import AdaptedModule, original_class
+from lora_fuse.nn.packed import PackedLinear
 from lora_fuse.nn.plan import Adapter, Plan, plan
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.sparse_plan import make_slots
@@ -54,6 +55,7 @@ def attach(
     num_slots: int | None = None,
     max_rank: int | None = None,
     batch_dim: int = 0,
+    pack: bool = False,
 ) -> nn.Module:
     """Give the model's layers slots and put the adapters there, in place. Nothing is selected yet: it computes as
     before.
@@ -69,6 +71,17 @@ def attach(
     rows get what the whole fine-tune would make of them: weights and biases of Linear, Conv1D, Conv2d and Embedding,
     LayerNorm and RMSNorm, and heads. A weighted mix adds the weighted differences of all parameters.
 
+    ``pack=True`` makes one product and one pass over the slots of siblings that receive the same input: q/k/v, gate/up
+    and the like, found by their names in Hugging Face and diffusers models and checked call by call. It is meant for
+    inference: with gradients, under autocast or transforms, and in compiled code, each layer computes alone. Know that
+
+    - the siblings' weights are moved into one storage, of which their parameters become views; ``detach`` gives each
+      a storage of its own again;
+    - a wider product may round differently, so base rows agree with the bare layer's within rounding only;
+    - siblings' outputs are views of one tensor: rows lie further apart, and holding one holds the others' memory;
+    - layers are packed when attaching, never later. Packs come apart where a layer gets sparse deltas, a full copy (a
+      head) or other weights; ``adapters(model)`` and ``print(model)`` tell what is packed.
+
     Limits: what ``checkpoint(model, ..., use_reentrant=True)`` runs again in the backward sees the selection of that
     moment, not the forward's (inside the model, or with ``use_reentrant=False``, it sees the forward's).
     ``torch.jit.trace`` is refused, since a trace would keep one selection for good.
@@ -82,6 +95,7 @@ def attach(
         batch_dim: batch axis of the layers' inputs; 1 for ``[seq, batch, features]``. A layer whose input has another
             axis there is refused, but ``[seq, batch, features]`` with ``seq == batch`` looks like a batch-first input:
             such a model needs ``batch_dim=1``, or its rows get each other's adapters.
+        pack: let siblings that receive the same input share one product, where there are any.
     Returns:
         ``model``.
     Raises:
@@ -102,6 +116,8 @@ def attach(
     for what, value in (("num_slots", num_slots), ("max_rank", max_rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what}: got {value!r}, accepted is an integer from 1")
+    if not isinstance(pack, bool):
+        raise TypeError(f"pack: got {pack!r}, accepted are True and False")
     if len(loaded) > num_slots:
         raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
     serving = Serving(num_slots, max_rank, batch_dim)
@@ -115,8 +131,12 @@ def attach(
         for name, adapter in loaded.items():
             _fill(planned, name, made, attachment, leases[name].index)
             attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
+        if pack:
+            apart = (*planned.new_sparse, *planned.new_heads)
+            attachment.packs = packing.pack(packing.find_siblings(model, apart))
     # From here on nothing can fail.
     attachment.tasks = {name: a for name, a in loaded.items() if isinstance(a, SparseAdapter)}
+    _install_packs(attachment)
     _install(model, planned, attachment, made)
     model.register_forward_pre_hook(Begin(serving), prepend=True, with_kwargs=True)
     model.register_forward_hook(End(serving), always_call=True)
@@ -174,6 +194,10 @@ def _install(model: nn.Module, planned: Plan, attachment: Attachment, made: _Mad
     for path, (module, target) in planned.new_layers.items():
         module.__dict__["lora_fit"] = target.fit
         adapted: type[nn.Module] = target.adapted
+        pack, index = module.__dict__.get("lora_pack", (None, 0))
+        if pack is not None:
+            pack.set_pool(index, made.pools[path])
+            adapted = PackedLinear
         if path in attachment.sparse:
             adapted = sparse_class(module, adapted)
         _adapt(module, adapted, serving, path, lora_pool=made.pools[path])
@@ -185,6 +209,22 @@ def _install(model: nn.Module, planned: Plan, attachment: Attachment, made: _Mad
         _adapt(module, sparse_class(module, type(module)), serving, path, lora_sparse=made.sparse[path])
         attachment.sparse[path] = cast(SparseSite, module)
     attachment.switched += bypass.switch_off(model, [*planned.new_layers, *planned.new_sparse])
+
+
+def _install_packs(attachment: Attachment) -> None:
+    attachment.serving.packs = bool(attachment.packs)
+    for pack, layers in attachment.packs:
+        for i, layer in enumerate(layers):
+            layer.__dict__["lora_pack"] = pack, i
+            _adapt(layer, PackedLinear, attachment.serving, pack.paths[i])
+
+
+def _dissolve(attachment: Attachment, planned: Plan) -> None:
+    """Take packs apart whose layers get something that wants a product of their own."""
+    apart = (*planned.new_sparse, *planned.new_heads)
+    for pack, _ in attachment.packs:
+        if any(path == a or path.startswith(f"{a}.") or a == "" for a in apart for path in pack.paths):
+            pack.dissolve()
 
 
 def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: str, **children: nn.Module) -> None:
@@ -199,7 +239,7 @@ def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: 
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take all adapters out: classes, attributes, hooks and flags are what they were, parameters were never touched.
+    """Take all adapters out: classes, attributes, hooks and flags are what they were, parameters hold the same bits.
 
     A task that ``switch_task`` wrote into the weights is undone first.
 
@@ -213,7 +253,8 @@ def detach(model: nn.Module) -> nn.Module:
     """
     attachment = attachment_of(model)
     given, model = model, unwrap(model)
-    adapted = {**attachment.layers, **attachment.heads, **attachment.sparse}
+    packed = {path: layer for pack, layers in attachment.packs for path, layer in zip(pack.paths, layers, strict=True)}
+    adapted: dict[str, nn.Module] = {**packed, **attachment.layers, **attachment.heads, **attachment.sparse}
     for path, module in adapted.items():
         if "lora_base" not in type(module).__dict__:
             raise ValueError(
@@ -221,11 +262,12 @@ def detach(model: nn.Module) -> nn.Module:
                 "remove its parametrizations) before detach"
             )
     undo_switch(model, attachment)
+    packing.unpack(attachment.packs)
     for module in adapted.values():
         module.__class__ = original_class(type(module))  # type: ignore[assignment]
         for name in ("lora_pool", "lora_heads", "lora_sparse"):
             module._modules.pop(name, None)
-        for name in ("lora_serving", "lora_path", "lora_fit"):
+        for name in ("lora_serving", "lora_path", "lora_fit", "lora_pack"):
             module.__dict__.pop(name, None)
         own_forward = module.__dict__.pop("lora_base_forward", None)
         if own_forward is not None:
@@ -300,10 +342,12 @@ def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[st
             path: {n: size for n, size in widths.items() if n not in (None, name)}
             for path, widths in heads.sizes(attachment.heads, serving.published).items()
         }
-        planned = plan(model, loaded, attachment.layers, attachment.sparse, widths, serving.max_rank)  # type: ignore[arg-type]
+        packed = [path for pack, _ in attachment.packs for path in pack.paths]
+        planned = plan(model, loaded, attachment.layers, attachment.sparse, widths, serving.max_rank, packed)  # type: ignore[arg-type]
         lease = serving.allocator.acquire(timeout)
         made = _make(planned, attachment)
         _fill(planned, name, made, attachment, lease.index)
+    _dissolve(attachment, planned)
     _install(model, planned, attachment, made)
     info = _describe(loaded[name], planned, name, lease.index)
     attachment.info = {**attachment.info, name: info}

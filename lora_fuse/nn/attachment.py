@@ -14,6 +14,7 @@ from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.nn.bypass import Switched
 from lora_fuse.nn.heads import MultiHead
 from lora_fuse.nn.linear import AdaptedModule
+from lora_fuse.nn.packing import Packs, repack
 from lora_fuse.nn.serving import Serving, batched_input
 from lora_fuse.nn.sparse_site import SparseSite
 from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
@@ -31,6 +32,7 @@ class AttachedAdapter:
         heads: module paths that it brings a copy of.
         source: where it came from.
         density: of a sparse adapter, the share of entries that it keeps; else None.
+        packed: those of ``layers`` that share one product with their siblings (``attach(..., pack=True)``).
     """
 
     slot: int
@@ -40,6 +42,7 @@ class AttachedAdapter:
     heads: tuple[str, ...]
     source: str
     density: float | None = None
+    packed: tuple[str, ...] = ()
 
 
 class Lock:
@@ -83,6 +86,7 @@ class Attachment:
     info: dict[str, AttachedAdapter] = field(default_factory=dict)
     tasks: dict[str, SparseAdapter] = field(default_factory=dict)
     active: ActiveTask | None = None
+    packs: Packs = field(default_factory=list)
     switched: list[Switched] = field(default_factory=list)
     wrapped: list[tuple[nn.Module, str]] = field(default_factory=list)
     changing: Lock = field(default_factory=Lock)
@@ -98,7 +102,15 @@ class Begin:
         if torch.compiler.is_compiling():
             pin(self.serving, batched_input(args, kwargs))
         else:
+            if self.serving.repack:
+                self._repack(module)
             self.serving.begin(args, kwargs)
+
+    def _repack(self, module: nn.Module) -> None:
+        with self.serving.lock:  # no other forward of the model starts before this is done
+            if self.serving.repack:
+                repack(module.__dict__["lora_attachment"].packs)
+                self.serving.repack = False
 
 
 class End:

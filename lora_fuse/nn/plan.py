@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -52,6 +52,7 @@ def plan(
     sparse: Mapping[str, nn.Module],
     head_widths: Mapping[str, Mapping[str, int]],
     max_rank: int,
+    packed: Collection[str] = (),
 ) -> Plan:
     """Fit adapters to a model.
 
@@ -59,6 +60,7 @@ def plan(
         layers: what has LoRA slots already, by canonical path.
         sparse: what has sparse slots already, likewise.
         head_widths: what has head copies already, and the widths of those that will stay, by adapter.
+        packed: what shares a product with siblings, with or without slots.
     Raises:
         ValueError: naming the adapter, up to ten offending paths with the reason, and the nearest names that exist.
     """
@@ -99,7 +101,8 @@ def plan(
                     offenders.append(f"{path}: another adapter has a full copy of it (modules_to_save)")
                     continue
                 if home not in fits:
-                    target = target_of(module, home, modules.get(home.rpartition(".")[0]), home in sparse)
+                    ours = home in sparse or home in packed
+                    target = target_of(module, home, modules.get(home.rpartition(".")[0]), ours)
                     if isinstance(target, str):
                         offenders.append(f"{path}: {target}")
                         continue

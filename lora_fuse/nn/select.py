@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -15,12 +16,19 @@ from lora_fuse.nn.switch import refuse_while_switched, selects_base
 
 
 def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
-    """What is attached: name -> slot, rank, bytes, module paths.
+    """What is attached: name -> slot, rank, bytes, module paths, and which of them run packed with their siblings.
 
     Raises:
         ValueError: nothing is attached to ``model``.
     """
-    return dict(attachment_of(model).info)
+    attachment = attachment_of(model)
+    packed = {path for pack, _ in attachment.packs if pack.live for path in pack.paths}
+    if not packed:
+        return dict(attachment.info)
+    return {
+        name: replace(info, packed=tuple(path for path in info.layers if path in packed))
+        for name, info in attachment.info.items()
+    }
 
 
 def adapter_slots(model: nn.Module) -> dict[str, int]:

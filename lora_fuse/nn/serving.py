@@ -68,6 +68,7 @@ class _Local(threading.local):
     snapshot: Snapshot | None = None
     seq: int | None = None
     cache: dict[Any, Routing | None] | None = None
+    packed: dict[Any, Any] | None = None  # Pack -> Waiting: outputs that packed siblings have not asked for yet
     batch: int | None = None  # samples in the outermost forward's input
     outer: tuple[Any, ...] = ()
     contexts: tuple[Context, ...] = ()
@@ -87,9 +88,11 @@ class Serving:
 
     def __init__(self, num_slots: int, max_rank: int, batch_dim: int) -> None:
         self.num_slots, self.max_rank, self.batch_dim = num_slots, max_rank, batch_dim
-        self._init_run_time({}, {}, Selection("uniform", ((),), (0,)))
+        self._init_run_time({}, {}, Selection("uniform", ((),), (0,)), packs=False)
 
-    def _init_run_time(self, slots: Mapping[str, int], heads: Mapping[str, frozenset[str]], default: Selection) -> None:
+    def _init_run_time(
+        self, slots: Mapping[str, int], heads: Mapping[str, frozenset[str]], default: Selection, packs: bool
+    ) -> None:
         self.lock = threading.RLock()
         self.local = _Local()
         self.allocator = SlotAllocator(self.physical_slots, slots.values())
@@ -99,6 +102,8 @@ class Serving:
         self.default = Context(default)
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.task: int | None = None  # the slot of the adapter that switch_task wrote into the weights
+        self.packs = packs
+        self.repack = packs  # whether packs may have to be bound first: those of a copy are not
         self.token: Tensor | None = None  # set while a compiled forward is being traced, see traced.py
         self.handle = next(_handles)
         BY_HANDLE[self.handle] = self
@@ -119,11 +124,12 @@ class Serving:
                 "heads": dict(self.published.heads),
                 "default": default,
                 "task": self.task,
+                "packs": self.packs,
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.num_slots, self.max_rank, self.batch_dim = state["num_slots"], state["max_rank"], state["batch_dim"]
-        self._init_run_time(state["slots"], state["heads"], state["default"])
+        self._init_run_time(state["slots"], state["heads"], state["default"], state.get("packs", False))
         self.task = state.get("task")
         default = state["default"]
         if default.tokens is not None:
@@ -146,7 +152,7 @@ class Serving:
     def enter(self, selection: Selection) -> Context:
         """Make a selection current for the calling thread; returns what ``leave`` wants."""
         context, local = Context(selection), self.local
-        context.running = (local.snapshot, local.seq, local.cache, local.batch, local.outer)
+        context.running = (local.snapshot, local.seq, local.cache, local.batch, local.packed, local.outer)
         with self.lock:
             self.contexts.add(context)
         local.contexts = (*local.contexts, context)
@@ -157,7 +163,7 @@ class Serving:
         local = self.local
         local.contexts = tuple(c for c in local.contexts if c is not context)
         if len(local.outer) > len(context.running[-1]):
-            local.snapshot, local.seq, local.cache, local.batch, local.outer = context.running
+            local.snapshot, local.seq, local.cache, local.batch, local.packed, local.outer = context.running
 
     def _ambient(self) -> tuple[Snapshot, int | None]:
         """The snapshot that a forward starting now on this thread takes, and its sequence length if that is known."""
@@ -197,20 +203,24 @@ class Serving:
             ValueError: a list selection's length is not the batch size.
         """
         local = self.local
-        local.outer = (*local.outer, (local.snapshot, local.seq, local.cache, local.batch))
+        local.outer = (*local.outer, (local.snapshot, local.seq, local.cache, local.batch, local.packed))
         snapshot, seq = self._ambient()
         x, local.batch = batched_input(args, kwargs), None
         if x is not None:
             seq = check_batch(snapshot, x)
             local.batch = batch_size(snapshot, x)
         local.snapshot, local.seq, local.cache = snapshot, seq, snapshot.cache(seq)
+        local.packed = {} if self.packs else None
 
     def end(self, output: Any) -> None:
         """Finish an outermost forward; its graph, if there is one, keeps the selection for its backward."""
         local = self.local
         snapshot, seq = local.snapshot, local.seq
+        if local.packed and output is not None:  # after an exception, nothing can be learnt from what is left
+            for pack, waiting in local.packed.items():
+                pack.settle(waiting)
         if local.outer:
-            *rest, (local.snapshot, local.seq, local.cache, local.batch) = local.outer
+            *rest, (local.snapshot, local.seq, local.cache, local.batch, local.packed) = local.outer
             local.outer = tuple(rest)
         if snapshot is not None and torch.is_grad_enabled():
             for tensor in _tensors(output):

@@ -36,30 +36,42 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
     if not isinstance(num_tokens, Sequence) or any(type(n) is not int or n < 0 for n in num_tokens):
         raise ValueError(f"num_tokens: got {num_tokens!r}, accepted is a sequence of integers from 0")
     seen = set()
-    for op, pool, slots, sizes, like in _parts(attachment_of(model)):
-        kind = (op, sizes, like.dtype, like.device)
+    for op, pool, slots, sizes, like, columns in _parts(attachment_of(model)):
+        kind = (op, sizes, like.dtype, like.device, columns)
         if kind in seen:
             continue
         seen.add(kind)
         for rows in num_tokens:
-            x, y = (torch.zeros(rows, size, dtype=like.dtype, device=like.device) for size in sizes)
+            start, total = columns
+            x, wide = (torch.zeros(rows, size, dtype=like.dtype, device=like.device) for size in (sizes[0], total))
+            y = wide[:, start : start + sizes[1]]
             used = torch.tensor(slots, device=like.device)[torch.arange(rows, device=like.device) % len(slots)]
             op(x, pool, Routing.from_slots(used, pool.num_slots), out=y)
     return len(seen)
 
 
-def _parts(attachment: Attachment) -> Iterator[tuple[Callable[..., Tensor], Any, list[int], tuple[int, int], Tensor]]:
-    """Op, pool, the slots to run, in and out features, a tensor of its dtype and device."""
+_Part = tuple[Callable[..., Tensor], Any, list[int], tuple[int, int], Tensor, tuple[int, int]]
+
+
+def _parts(attachment: Attachment) -> Iterator[_Part]:
+    """Op, pool, the slots to run, in and out features, a tensor of its dtype and device; where the output lies: its
+    first column, and how many there are with packed siblings'."""
     for layer in attachment.layers.values():
         pool = layer.lora_pool
         sizes = pool.pool_a.shape[1], pool.pool_b.shape[1]
-        yield multi_lora, pool, list(range(pool.num_slots)), sizes, pool.pool_a
+        yield multi_lora, pool, [*range(pool.num_slots)], sizes, pool.pool_a, (0, sizes[1])
+    for pack, _ in attachment.packs:
+        for i, packed in enumerate(pack.pools if pack.live else ()):
+            if packed is not None:
+                sizes, columns = (packed.in_features, packed.out_features), (sum(pack.sizes[:i]), sum(pack.sizes))
+                yield multi_lora, packed, [*range(packed.num_slots)], sizes, packed.pool_a, columns
     for site in attachment.sparse.values():
         slots = site.lora_sparse
         if isinstance(slots, JointSlots):
             for pool in slots.pools:
-                yield multi_lora, pool, list(range(pool.num_slots)), (pool.in_features, pool.out_features), pool.pool_a
+                sizes = pool.in_features, pool.out_features
+                yield multi_lora, pool, [*range(pool.num_slots)], sizes, pool.pool_a, (0, sizes[1])
         if isinstance(slots, LinearSlots) and slots.filled:
             sparse = slots.pool
             sizes = sparse.in_features, sparse.out_features
-            yield sparse_delta_linear, sparse, sorted(slots.filled), sizes, sparse.anchor
+            yield sparse_delta_linear, sparse, sorted(slots.filled), sizes, sparse.anchor, (0, sizes[1])
