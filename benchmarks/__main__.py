@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     bench_compose,
     bench_merge,
+    bench_merge_model,
     bench_model,
     bench_multi_lora,
     bench_sparse,
@@ -56,6 +57,7 @@ def main() -> None:
     composition = bench_compose.run(1.0 if args.quick else 20.0, args.quick)
     merge = bench_merge.bench(1024 if args.quick else 4096, repeats=7)
     svds = bench_svd.bench(1024 if args.quick else 4096, 2.0 if args.quick else 15.0)
+    whole = bench_merge_model.run(args.quick)
     shapes, budget = all_shapes(args.quick), 0.3 if args.quick else 0.8
     results, others = [], []
     with torch.no_grad():
@@ -81,6 +83,10 @@ def main() -> None:
         f"torch.linalg.svd of the flat one: {svds[0]['full_us'] / 1e6:.1f} s, "
         f"{svds[0]['full_us'] / svds[0]['us']['lora_fuse, power_iters=2']:.0f}x ours):\n",
         tables.svds(svds),
+        f"All {whole['layers']} linear layers of {whole['model']}, {whole['nbytes'] / 1e9:.1f} GB of adapters; every "
+        "method equals its dense definition within rounding to fp32. PEFT has `svd` alone; its time is that of one "
+        f"layer of each shape ({tables.peft_layers(whole)}) times their number:\n",
+        tables.merge_model(whole),
         f"A training step of learn_composition, {bench_compose.NUM_ADAPTERS} adapters on MiniLM-L6, beside the bare "
         "model's forward and backward:\n",
         tables.composition(composition),

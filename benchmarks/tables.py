@@ -101,6 +101,21 @@ def composition(rows: list[dict[str, Any]]) -> str:
     return table(head, body)
 
 
+def peft_layers(whole: dict[str, Any]) -> str:
+    return ", ".join(f"{rows} x {cols}: {seconds:.1f} s" for (rows, cols), seconds in whole["peft"].items())
+
+
+def merge_model(whole: dict[str, Any]) -> str:
+    body = [
+        [f"`{r['method']}`", str(r["rank"] or "all directions"), f"{r['seconds']:.1f} s",
+         f"{r['seconds'] / whole['layers'] * 1e3:.0f} ms", "" if r["peak"] is None else f"{r['peak'] / 1e9:.2f} GB",
+         f"{whole['peft_model']:.0f} s ({whole['peft_model'] / r['seconds']:.0f}x)" if r["method"] == "svd" else "none"]
+        for r in whole["rows"]
+    ]  # fmt: skip
+    head = ["merge of 8 rank-16 adapters", "to rank", "time", "per layer", "memory beyond the inputs", "PEFT"]
+    return table(head, body)
+
+
 def prune(rows: list[dict[str, Any]]) -> str:
     rivals = list(rows[0]["rival_us"])
     body = [

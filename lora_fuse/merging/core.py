@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lora_fuse.adapters.lora import LoraLayer
-from lora_fuse.merging.linear import from_svd
+from lora_fuse.merging.linear import layer_from
 from lora_fuse.merging.options import Options
 from lora_fuse.merging.terms import LayerTerm
-from lora_fuse.ops.factored import Reflectors, apply_q, product_svd, reduce, side_by_side
-from lora_fuse.ops.svd import directions_for, make_svd, robust_svd
+from lora_fuse.ops.factored import ThinQR, product_svd, thin_qr
+from lora_fuse.ops.svd import directions_for, peak_signs, robust_svd
 
 # A direction whose singular value is below this share of the largest is no direction of the adapters': fp32 rounding
 # of the factors makes such ones, and methods that whiten or level the spectrum would blow them up.
@@ -36,14 +36,14 @@ class Core:
     Attributes:
         left: ``[min(out, R), r_t]`` for each part, coefficient included.
         right: ``[min(in, R), r_t]``.
-        left_q, right_q: Qb and Qa, as reflectors.
+        left_qr, right_qr: what Qb and Qa are applied with.
         like: a layer of the same kind and shape.
     """
 
     left: Sequence[Tensor]
     right: Sequence[Tensor]
-    left_q: Reflectors
-    right_q: Reflectors
+    left_qr: ThinQR
+    right_qr: ThinQR
     like: LoraLayer
 
     @property
@@ -71,10 +71,11 @@ class Core:
         s, order = s.sort(descending=True, stable=True)
         k = kept(s, options)
         factor = 1.0 if options.scaling is None else options.scaling
-        u, v = apply_q(self.left_q, u[:, order[:k]]), apply_q(self.right_q, v[:, order[:k]])
-        s = s * abs(factor)
-        found = make_svd(u, s[:k], math.copysign(1.0, factor) * v, s[k:].norm(), s.norm(), torch.float64)
-        return from_svd(found, self.like, options.dtype)
+        root = (s[:k] * abs(factor)).sqrt()
+        b = self.left_qr.apply(u[:, order[:k]] * root)  # [out, k]
+        a = self.right_qr.apply(v[:, order[:k]] * root)  # [in, k]
+        sign = peak_signs(b)
+        return layer_from(b, a.mT, self.like, options.dtype, sign, math.copysign(1.0, factor) * sign.mT)
 
 
 def kept(s: Tensor, options: Options) -> int:
@@ -84,13 +85,14 @@ def kept(s: Tensor, options: Options) -> int:
     return s.numel() if options.rank is None else min(options.rank, s.numel())
 
 
-def core_of(parts: Sequence[LayerTerm]) -> Core:
+def core_of(parts: Sequence[LayerTerm], options: Options) -> Core:
     """The parts of one layer, weights and scalings included, in their common space."""
     ranks = [p.layer.rank for p in parts]
-    left_q, left = reduce(side_by_side([p.layer.lora_b.flatten(1) for p in parts]))
-    right_q, right = reduce(side_by_side([p.layer.lora_a.flatten(1).mT for p in parts]))
-    scaled = [p.coef * block for p, block in zip(parts, left.split(ranks, 1), strict=True)]
-    return Core(scaled, right.split(ranks, 1), left_q, right_q, parts[0].layer)
+    exact = options.dtype == torch.float64
+    left = thin_qr([p.layer.lora_b.flatten(1) for p in parts], exact)
+    right = thin_qr([p.layer.lora_a.flatten(1).mT for p in parts], exact)
+    scaled = [p.coef * block for p, block in zip(parts, left.core.split(ranks, 1), strict=True)]
+    return Core(scaled, right.core.split(ranks, 1), left, right, parts[0].layer)
 
 
 def significant(s: Tensor, floor: Tensor | None = None) -> int:

@@ -78,15 +78,25 @@ def factor_average(path: str, parts: Sequence[LayerTerm], options: Options) -> L
 def from_svd(svd: LowRankSVD, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
     """A layer with scaling 1 whose product is ``U S Vh``, each factor taking ``sqrt(S)``; ``like`` gives the layout."""
     root = svd.S.sqrt()
-    return layer_from(svd.U * root, root[:, None] * svd.Vh, like, dtype)
+    return layer_from(svd.U, svd.Vh, like, dtype, root, root[:, None])
 
 
-def layer_from(b: Tensor, a: Tensor, like: LoraLayer, dtype: torch.dtype) -> LoraLayer:
-    """A layer with scaling 1 and the factors ``b [out, k]`` and ``a [k, in]``, laid out like those of ``like``."""
+def layer_from(
+    b: Tensor,
+    a: Tensor,
+    like: LoraLayer,
+    dtype: torch.dtype,
+    b_factor: Tensor | float = 1.0,
+    a_factor: Tensor | float = 1.0,
+) -> LoraLayer:
+    """A layer of scaling 1: factors ``b_factor * b [out, k]`` and ``a_factor * a [k, in]``, laid out as in ``like``."""
     k = a.shape[0]
+    lora_a, lora_b = a.new_empty(a.shape, dtype=dtype), b.new_empty(b.shape, dtype=dtype)
+    torch.mul(a, a_factor, out=lora_a)  # in one pass, and contiguous
+    torch.mul(b, b_factor, out=lora_b)
     return LoraLayer(
-        lora_a=a.to(dtype).reshape(k, *like.lora_a.shape[1:]).contiguous(),
-        lora_b=b.to(dtype).reshape(like.lora_b.shape[0], k, *like.lora_b.shape[2:]).contiguous(),
+        lora_a=lora_a.reshape(k, *like.lora_a.shape[1:]),
+        lora_b=lora_b.reshape(like.lora_b.shape[0], k, *like.lora_b.shape[2:]),
         scaling=1.0,
         kind=like.kind,
     )

@@ -22,7 +22,7 @@ def tsv(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
 
     Source: Gargiulo et al., Task Singular Vectors, arXiv:2412.00081.
     """
-    core = core_of(parts)
+    core = core_of(parts, options)
     limit = max(1, core.min_dim // len(parts))
     us, ss, vs = [], [], []
     for left, right in zip(core.left, core.right, strict=True):
@@ -43,7 +43,7 @@ def iso_c(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
 
     Source: Marczak et al., No Task Left Behind, arXiv:2502.04959.
     """
-    core = core_of(parts)
+    core = core_of(parts, options)
     u, s, v = core.sum_svd()
     k = significant(s)
     return core.layer(u[:, :k], _levelled(s[:k], core, options), v[:, :k], options)
@@ -61,7 +61,7 @@ def iso_cts(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLaye
 
     Source: as ``iso_c``.
     """
-    core = core_of(parts)
+    core = core_of(parts, options)
     u, s, v = core.sum_svd()
     fraction = 0.8 if options.common_fraction is None else options.common_fraction
     dim, num = s.numel(), len(parts)

@@ -1,31 +1,72 @@
-"""Matrices given as products of thin factors, ``left @ right^T``: their QR and their SVD.
-
-All in fp64, on ``left [..., m, R]`` and ``right [..., n, R]``. Q is never formed: ``apply_q`` applies its reflectors to
-the few columns that are kept.
-
-For results in fp32 R comes from the Cholesky factor of the Gram matrix, columns scaled to length 1, where its condition
-number allows: R is then off by a factor ``1 + 1e-9`` at most, and so is every singular value of the product, however
-small. 2.1 ms for 4096 x 128, against 9.4 for Householder (Sapphire Rapids, one thread).
-"""
+"""Matrices given as products of thin factors, ``left @ right^T``: their QR and their SVD, in fp64."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_fuse.ops.svd import robust_svd
 
-# What geqrf returns, or the matrix and the inverse of R; None stands for the identity, where a matrix has no more rows
-# than columns.
-Reflectors: TypeAlias = tuple[Tensor, Tensor] | None
-_CONDITION = 2e3  # of the scaled columns; Cholesky's R is exact to the fp64 epsilon times its square
+# Squaring the condition number must leave this much of fp64: four digits more than fp32 holds.
+_ERROR = 1e-11
 
 
-def side_by_side(blocks: Sequence[Tensor]) -> Tensor:
-    """``[blocks[0] | blocks[1] | ...]`` in fp64 and in LAPACK's column order, so that geqrf need not transpose it."""
+@dataclass(frozen=True)
+class ThinQR:
+    """``X = Q core`` for a tall ``X [..., m, R]``; Q has orthonormal columns and is kept as what multiplies by it.
+
+    Attributes:
+        core: ``[..., min(m, R), R]``.
+        reflectors: Householder's, as geqrf returns them.
+        product: ``(X, inverse)`` with ``Q = X @ inverse``.
+            Neither: Q is the identity.
+    """
+
+    core: Tensor
+    reflectors: tuple[Tensor, Tensor] | None = None
+    product: tuple[Tensor, Tensor] | None = None
+
+    def apply(self, y: Tensor) -> Tensor:
+        """``Q @ y`` for ``y [..., min(m, R), k]``: ``[..., m, k]``, in column order."""
+        if self.product is not None:
+            x, inverse = self.product
+            return ((inverse @ y).mT @ x.mT).mT
+        if self.reflectors is None:
+            return y
+        rows = self.reflectors[0].shape[-2]
+        padded = y.new_zeros(*y.shape[:-2], y.shape[-1], rows).mT
+        padded[..., : y.shape[-2], :] = y
+        return torch.ormqr(*self.reflectors, padded)
+
+
+def thin_qr(blocks: Sequence[Tensor], exact: bool = False) -> ThinQR:
+    """QR of ``X = [blocks[0] | blocks[1] | ...]``, of at least two blocks or one.
+
+    By the Cholesky factor of ``X^T X``, columns scaled to length 1, where the inverse of that factor proves the error
+    to be below 1e-11; else, and for fp64 blocks, by Householder reflections. 4096 x 128 on one core of a Sapphire
+    Rapids: 2.9 ms against 5.1, and 2.6 against 10.4 to apply Q to 128 columns.
+
+    Args:
+        blocks: ``[..., m, r_i]``, of any floating dtype.
+        exact: Householder in any case. A matrix with no more rows than columns is its own core.
+    """
+    x = _side_by_side(blocks)
+    m, cols = x.shape[-2:]
+    if m <= cols:
+        return ThinQR(x)
+    if not exact and all(b.dtype != torch.float64 for b in blocks):
+        found = _cholesky_qr(x)
+        if found is not None:
+            return found
+    packed, tau = torch.geqrf(x)
+    return ThinQR(packed[..., :cols, :].triu(), reflectors=(packed, tau))
+
+
+def _side_by_side(blocks: Sequence[Tensor]) -> Tensor:
+    """The blocks in fp64 and in LAPACK's column order, so that geqrf need not transpose them."""
     *batch, rows, _ = blocks[0].shape
     total = sum(b.shape[-1] for b in blocks)
     out = torch.empty(*batch, total, rows, dtype=torch.float64, device=blocks[0].device).mT
@@ -33,44 +74,22 @@ def side_by_side(blocks: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def reduce(x: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Reflectors, Tensor]:
-    """Q for ``apply_q`` and R of ``x [..., m, R]``; a matrix with no more rows than columns is its own core.
-
-    Args:
-        x: fp64.
-        dtype: of the results that come of it; fp32 ones allow Cholesky.
-    """
-    m, cols = x.shape[-2:]
-    if m <= cols:
-        return None, x
-    if dtype == torch.float32:
-        gram = x.mT @ x
-        size = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]  # [..., 1, R]
-        lower, info = torch.linalg.cholesky_ex(gram / (size * size.mT))
-        eye = torch.eye(cols, dtype=x.dtype, device=x.device)
-        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-        condition = torch.linalg.matrix_norm(lower) * torch.linalg.matrix_norm(inverse)  # at least the true one
-        if bool(((info == 0) & (condition < _CONDITION)).all()):
-            return (x, inverse.mT / size.mT), lower.mT * size
-    packed, tau = torch.geqrf(x)
-    return (packed, tau), packed[..., :cols, :].triu()
-
-
-def apply_q(reflectors: Reflectors, x: Tensor) -> Tensor:
-    """``Q @ x`` for ``x [..., R, k]``: ``[..., m, k]``."""
-    if reflectors is None:
-        return x
-    packed, tau = reflectors
-    if tau.dim() == packed.dim():  # R's inverse
-        return packed @ (tau @ x)
-    padded = x.new_zeros(*x.shape[:-2], x.shape[-1], packed.shape[-2]).mT
-    padded[..., : x.shape[-2], :] = x
-    return torch.ormqr(packed, tau, padded)
+def _cholesky_qr(x: Tensor) -> ThinQR | None:
+    """``x = (x inverse) core`` with an error of about ``eps * |inverse|^2``, or None where that is too large."""
+    gram = x.mT @ x
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scaled = gram / (lengths[..., :, None] * lengths[..., None, :])
+    lower, info = torch.linalg.cholesky_ex(scaled)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.solve_triangular(lower.mT, eye, upper=True)
+    error = torch.finfo(x.dtype).eps * inverse.square().sum((-2, -1))
+    if not bool(((info == 0) & (error < _ERROR)).all()):  # NaN, as from a column of zeros, is not smaller either
+        return None
+    return ThinQR(lower.mT * lengths[..., None, :], product=(x, inverse / lengths[..., :, None]))
 
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of ``left @ right^T``: ``(U [..., m, k], S [..., k], V [..., n, k])``, ``k = min(m, n, R)``."""
-    left_q, left_core = reduce(left)
-    right_q, right_core = reduce(right)
-    u, s, vh = robust_svd(left_core @ right_core.mT, "the core of a product")
-    return apply_q(left_q, u), s, apply_q(right_q, vh.mT)
+    left_qr, right_qr = thin_qr([left]), thin_qr([right])
+    u, s, vh = robust_svd(left_qr.core @ right_qr.core.mT, "the core of a product")
+    return left_qr.apply(u), s, right_qr.apply(vh.mT)

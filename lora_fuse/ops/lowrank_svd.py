@@ -7,7 +7,7 @@ own: ``(Qb U) S (Qa V)^T``.
 Everything runs in fp64. The factors are thin, so that is affordable, and it keeps the answer right where fp32 loses it:
 for adapters that differ by 1e-4 and get weights 1 and -1 the fp32 result is off by 5e-3, for 1e-6 by half. The QR is
 Householder's for such adapters and for fp64 factors: a Gram matrix squares the condition number, in fp64 it drowns
-singular values below 1e-8 of the largest. Well-conditioned fp32 factors take the Gram matrix (``factored.reduce``).
+singular values below 1e-8 of the largest. Well-conditioned fp32 factors take the Gram matrix (``thin_qr``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fuse.ops.factored import apply_q, reduce, side_by_side
+from lora_fuse.ops.factored import thin_qr
 from lora_fuse.ops.svd import LowRankSVD, check_rank, directions_for, make_svd, robust_svd
 
 
@@ -56,8 +56,9 @@ def lowrank_svd(
     coefs = check_products(lora_bs, lora_as, weights, rank, energy)
     columns = [c for b, c in zip(lora_bs, coefs, strict=True) for _ in range(b.shape[-1])]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*lora_bs, *lora_as)) else torch.float32
-    left_q, left_core = reduce(side_by_side(lora_bs), dtype)
-    right_q, right_core = reduce(side_by_side([a.mT for a in lora_as]), dtype)
+    exact = dtype == torch.float64
+    left, right = thin_qr(lora_bs, exact), thin_qr([a.mT for a in lora_as], exact)
+    left_core, right_core = left.core, right.core
     column_coefs = left_core.new_tensor(columns)
     left_core = left_core * column_coefs  # Bc diag(c) = Qb (Rb diag(c)), and Rb has far fewer rows
     core = left_core @ right_core.mT  # [..., min(m, R), min(n, R)]
@@ -72,8 +73,8 @@ def lowrank_svd(
         noise = float(10 * torch.finfo(s.dtype).eps * scale)
         k = directions_for(s.square(), energy, noise**2)
     norm, residual = torch.linalg.vector_norm(s, dim=-1), torch.linalg.vector_norm(s[..., k:], dim=-1)
-    u = apply_q(left_q, u[..., :k])  # [..., m, k]
-    v = apply_q(right_q, vh[..., :k, :].mT)  # [..., n, k]
+    u = left.apply(u[..., :k])  # [..., m, k]
+    v = right.apply(vh[..., :k, :].mT)  # [..., n, k]
     return make_svd(u, s[..., :k], v, residual, norm, dtype)
 
 

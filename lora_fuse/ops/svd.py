@@ -40,11 +40,15 @@ def make_svd(u: Tensor, s: Tensor, v: Tensor, residual: Tensor, norm: Tensor, dt
 
     In each column of U the component of largest magnitude is positive.
     """
-    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+    sign = peak_signs(u)
     result = LowRankSVD((u * sign).to(dtype), s.to(dtype), (v * sign).mT.to(dtype).contiguous())
     result.residual, result.norm = residual, norm
     return result
+
+
+def peak_signs(u: Tensor) -> Tensor:
+    """``[..., 1, k]``: the sign of the entry of largest magnitude in each column of ``u [..., m, k]``."""
+    return torch.where(u.amax(-2, keepdim=True) < -u.amin(-2, keepdim=True), -1.0, 1.0).to(u.dtype)
 
 
 def check_rank(rank: int | None, energy: float | None) -> None:
