@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +14,13 @@ from torch import Tensor
 from lora_fuse.adapters._finite import all_finite
 from lora_fuse.adapters.lora import LoraAdapter
 from lora_fuse.checkpoints.edits import Edit, NewValues, Unchanged
+from lora_fuse.checkpoints.folder import out_dtype, with_dtype, write_folder
 from lora_fuse.checkpoints.header import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
-from lora_fuse.checkpoints.output import extra_modules, staged_folder
 from lora_fuse.checkpoints.plan import FusePlan, plan_fuse
 from lora_fuse.checkpoints.read import Checkpoint, open_checkpoint, read_bytes
-from lora_fuse.checkpoints.write import OutTensor, ShardWriter, lay_out, write_index, write_json
+from lora_fuse.checkpoints.write import OutTensor, lay_out
 from lora_fuse.merging.rounding import round_nearest, round_stochastic
 from lora_fuse.merging.terms import SavePolicy, Weights
-
-# Weights in other formats would be stale beside the new ones, and training states do not belong to the result.
-_NOT_COPIED = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".h5",
-    ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".ot", ".lock", ".incomplete",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,30 +96,16 @@ def fuse_checkpoint(
     plan = plan_fuse(checkpoint, adapters, weights, modules_to_save)
     generator = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
     edits, files = _outputs(checkpoint, plan, dtype, max_shard_size)
-    total = sum(t.nbytes for tensors in files.values() for t in tensors)
-    with staged_folder(out, overwrite, [checkpoint.folder]) as stage:
-        free = shutil.disk_usage(stage).free
-        if free < total:
-            raise ValueError(f"{out}: {total} bytes are to be written, the file system has {free} left")
-        done = 0
-        for name, tensors in files.items():
-            metadata = checkpoint.metadata.get(name) or next(iter(checkpoint.metadata.values()))
-            writer = ShardWriter(stage / name, tensors, metadata)
-            try:
-                for tensor in tensors:
-                    for count in writer.write(tensor, _pieces(tensor, edits[tensor.name], generator)):
-                        done += count
-                        if progress is not None:
-                            progress(done, total)
-            finally:
-                writer.close()
-        _copy_companions(checkpoint.folder, stage)
-        if plan.config or dtype is not None:
-            write_json(stage / "config.json", _new_config(checkpoint.config, plan, dtype))
-        if len(files) > 1 or (checkpoint.index is not None and max_shard_size is None):
-            write_index(stage, checkpoint.stem, files, checkpoint.index or {})
+    config = _new_config(checkpoint.config, plan, dtype) if plan.config or dtype is not None else None
+
+    def pieces(tensor: OutTensor) -> Iterator[bytes | Tensor]:
+        return _pieces(tensor, edits[tensor.name], generator)
+
+    keep_index = checkpoint.index is not None and max_shard_size is None
+    write_folder(checkpoint, files, pieces, config, keep_index, out, overwrite, [checkpoint.folder], progress)
+    nbytes = sum(t.nbytes for tensors in files.values() for t in tensors)
     changed = tuple(name for name, edit in edits.items() if not isinstance(edit, Unchanged))
-    return FuseReport(Path(out), tuple(files), len(edits), changed, total, tuple(plan.notes))
+    return FuseReport(Path(out), tuple(files), len(edits), changed, nbytes, tuple(plan.notes))
 
 
 def _outputs(
@@ -139,7 +118,7 @@ def _outputs(
         shards[file] = []
         for tensor in tensors:
             edit = plan.edits.get(tensor.name, Unchanged(tensor))
-            code = _out_dtype(tensor.dtype, dtype)
+            code = out_dtype(tensor.dtype, dtype)
             name = plan.add_prefix + tensor.name
             edits[name] = edit
             if code == tensor.dtype and edit.shape == tensor.shape:
@@ -150,12 +129,8 @@ def _outputs(
     for name, edit in plan.edits.items():
         if name not in checkpoint.tensors:
             edits[name] = edit
-            shards[last].append(OutTensor.of(name, _out_dtype(_own_dtype(edit, checkpoint), dtype), edit.shape))
+            shards[last].append(OutTensor.of(name, out_dtype(_own_dtype(edit, checkpoint), dtype), edit.shape))
     return edits, lay_out(shards, checkpoint.stem, max_shard_size)
-
-
-def _out_dtype(code: str, dtype: torch.dtype | None) -> str:
-    return DTYPE_NAMES[dtype] if dtype is not None and code in FLOAT_DTYPES else code
 
 
 def _own_dtype(edit: Edit, checkpoint: Checkpoint) -> str:
@@ -196,23 +171,6 @@ def _pieces(tensor: OutTensor, edit: Edit, generator: torch.Generator | None) ->
         yield rounded
 
 
-def _new_config(config: Any, plan: FusePlan, dtype: torch.dtype | None) -> dict[str, Any]:
+def _new_config(config: Mapping[str, Any], plan: FusePlan, dtype: torch.dtype | None) -> dict[str, Any]:
     result = {**config, **plan.config}
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["torch_dtype"]
-        result.update(dict.fromkeys(keys, name))
-        if isinstance(result.get("text_config"), dict):
-            nested = result["text_config"]
-            result["text_config"] = {**nested, **{k: name for k in ("dtype", "torch_dtype") if k in nested}}
-    return result
-
-
-def _copy_companions(base: Path, stage: Path) -> None:
-    """Config, tokenizer, code and text files, and the folders of sentence-transformers' further modules, whole."""
-    for source in sorted(base.iterdir()):
-        if source.is_file() and not source.name.startswith(".") and not source.name.endswith(_NOT_COPIED):
-            shutil.copyfile(source, stage / source.name)
-    for path in (*extra_modules(base), "additional_chat_templates"):
-        if (base / path).is_dir():
-            shutil.copytree(base / path, stage / path, dirs_exist_ok=True)
+    return result if dtype is None else with_dtype(result, dtype)

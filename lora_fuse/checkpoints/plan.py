@@ -73,7 +73,7 @@ def plan_fuse(
             replaced biases, rows or weights) beside another adapter or with a weight other than 1, biases without a
             bias to add to, a tied embedding that cannot be untied.
     """
-    _refuse_quantised(checkpoint)
+    refuse_quantised(checkpoint)
     plan = FusePlan()
     terms, renamings = [], []
     for term in make_terms(adapters, weights):
@@ -120,14 +120,15 @@ def _prefix_of_headed_model(renamings: Sequence[Renaming], checkpoint: Checkpoin
     return strip if name and (name in ("model", "transformer") or name in model_type) else ""
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """ValueError if the config says that the weights are quantised."""
     for key in ("quantization_config", "compression_config"):
         found = checkpoint.config.get(key) or text_config(checkpoint.config).get(key)
         if found:
             method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
             raise ValueError(
                 f"{checkpoint.folder}: its weights are quantised ({key}: {method}), and a delta cannot be added "
-                "to them exactly; fuse into the unquantised model and quantise the result"
+                "to them exactly; take the unquantised model and quantise the result"
             )
 
 

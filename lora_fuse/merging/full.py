@@ -244,7 +244,10 @@ def merge_models(
     """``merge`` of whole models, as one state dict; arguments as in ``open_merge``."""
     merged, ours = open_merge(models, weights, method, base, options, heads, prefix, dtype, progress)
     found = {name: merged[name] for name in track(list(merged), "merge", progress)}
-    found.update((name, ours[name].clone()) for name in ours if name not in found)
+    for name in ours:
+        if name not in found:
+            head = ours[name]
+            found[name] = head.to(dtype if dtype and head.is_floating_point() else head.dtype, copy=True)
     return {name: found[ours.aliases.get(name, name)] for name in ours.names}
 
 
