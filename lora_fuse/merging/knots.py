@@ -24,7 +24,9 @@ from lora_fuse.merging.terms import LayerTerm, Term
 from lora_fuse.ops.factored import ThinQR, thin_qr
 from lora_fuse.ops.svd import robust_svd
 
-_STRIP = 1 << 19  # entries of all adapters' strips together, which then stay in a cache
+# Entries of all adapters' strips together: they stay in a cache, and with 8 adapters torch does not split an operation
+# on one of them among threads, whose hand-overs would cost more than they bring, the more so on a busy machine.
+_STRIP = 1 << 18
 _SAMPLE_FROM = 1 << 22  # with fewer entries than this the threshold is picked among all of them
 _SAMPLE_STEP, _MARGIN = 256, 0.01
 DENSITY = 0.2
