@@ -62,9 +62,10 @@ def report(results: Mapping[str, Any]) -> str:
     lr, steps, limits = results["lr"], results["steps"], results["limits"]
     return f"""# Composing a task from other tasks' adapters
 
-Written by `python -m benchmarks.experiments.compose_text` ({results["seconds"] / 60:.0f} minutes, {results["threads"]}
-thread). MiniLM-L6 and the demo's adapters (rank 8 on query/key/value/dense); one task is held out, the other five are
-upstream. The systems are those of arXiv:2402.15414, in language only.
+Written by `python -m benchmarks.experiments.compose_text --tasks {",".join(tasks)} --shots {",".join(steps)}`
+({results["seconds"] / 60:.0f} minutes, {results["threads"]} thread). MiniLM-L6 and the demo's adapters (rank 8 on
+query/key/value/dense); one task is held out, the other five are upstream. The systems are those of
+arXiv:2402.15414, in language only.
 
 Differences in points of accuracy, mean over the {len(tasks)} tasks:
 
