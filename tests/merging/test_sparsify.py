@@ -255,6 +255,27 @@ for method in ("ties", "dare_ties", "della", "breadcrumbs"):
     assert len(out[0].splitlines()) == 4
 
 
+@pytest.mark.slow
+def test_memory_stays_below_three_layers() -> None:
+    code = """
+import resource, torch, lora_fuse as lf
+from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
+torch.set_num_threads(1)
+def made(n):
+    return [LoraAdapter({"x": LoraLayer(torch.randn(16, n), torch.randn(n, 16), 1.0)}) for _ in range(8)]
+big = made(4096)
+methods = ("ties", "dare_ties", "della", "breadcrumbs")
+for method in methods:
+    lf.merge(made(256), method=method)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for method in methods:
+    lf.merge(big, method=method)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * 4096**2))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 0.5 < float(out) <= 3.0
+
+
 @pytest.mark.parametrize("rank", [None, 1, 5])
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "della"])
 def test_truncation_is_nearly_optimal(method: str, rank: int | None) -> None:
