@@ -10,6 +10,11 @@ Householder QR and 32 for the product with X itself (Sapphire Rapids, two thread
 1e5 one round is as orthogonal as fp32 can tell; a second one (CholeskyQR2) follows where it is not, or where projecting
 on earlier blocks has cancelled most of the block. Beyond 1e6 Householder QR takes over.
 
+On CPUs with AMX the ``power_iters`` returns of a large fp32 matrix, if two or more, are made in bf16 (``ops.sketch``):
+the start is then so good that one product with X and one with X^T in fp32 give an error between those of subspace
+iteration and of the whole Krylov space, in less time than either. Where the remainder is fainter than bf16 can tell,
+the Krylov space grows as if the start had been random.
+
 Where the Krylov space would fill much of the matrix, the SVD is exact, from the fp64 Gram matrix of the shorter side.
 """
 
@@ -20,9 +25,12 @@ from torch import Tensor
 
 from lora_fuse.ops.lowrank_svd import lowrank_svd
 from lora_fuse.ops.operands import Custom, Matrix, Operand, SumOfProducts, as_operand
+from lora_fuse.ops.sketch import start_block, worthwhile
 from lora_fuse.ops.svd import LowRankSVD, check_rank, directions_for, gram_svd, make_svd, robust_svd
 
 _SMALL = 128  # the exact SVD of anything this narrow takes no longer than the steps' overhead
+_WIDER = 24  # columns that a start from bf16 products has beyond the block
+_FAINT = 1e-2  # share of the norm below which a remainder may hold directions that such a start did not see
 _ENERGY_BLOCK = 48  # directions that each step adds where ``energy`` decides about the rank
 _PROBES = 16  # Gaussian vectors w for an Operator, of which only products are known: E ||X w||^2 = ||X||_F^2
 
@@ -47,7 +55,8 @@ def randomized_svd(
             in fp64 if ``x`` holds fp64.
         rank: directions to keep; ``k = min(rank, m, n)``.
         oversample: further columns of each block.
-        power_iters: returns to the other side, each of which adds a block of ``rank + oversample`` directions.
+        power_iters: returns to the other side, each of which adds a block of ``rank + oversample`` directions; for a
+            large fp32 matrix on a CPU with AMX and ``power_iters >= 2``, so many in bf16 before the one in fp32.
         generator: of the random block: a ``torch.Generator`` on the CPU, or a seed. None: seed 0. Equal seeds give
             equal bits on one machine with one number of threads; torch's global generator is not touched.
         energy: instead of ``rank``: as few directions as keep this share of the squared Frobenius norm,
@@ -120,7 +129,11 @@ def _krylov(
     core = norm.new_zeros(*norm.shape, 0, 0)  # Q^T X P, fp64; zero above the diagonal blocks
     k, steps = rank, 0
     last: int | Tensor | None = None
-    p = torch.randn(*x.shape[:-2], n, block, generator=random).to(x.device, dtype)
+    rounds = power_iters
+    if rank is not None and power_iters > 1 and dtype == torch.float32 and worthwhile(x, block + _WIDER):
+        p, rounds = start_block(x, float(norm), block + _WIDER, power_iters, random)[:, :block], 0
+    else:
+        p = torch.randn(*x.shape[:-2], n, block, generator=random).to(x.device, dtype)
     while True:
         left.append(_orthonormal(x.matmul(p), left, random))
         z = x.rmatmul(left[-1])
@@ -138,9 +151,12 @@ def _krylov(
                 if k == last:
                     break
                 last = k
-        elif steps > power_iters:
+        elif steps > rounds:
             if tolerance is None:
-                break
+                if rounds == power_iters or float(total - _squares(core)[:rank].sum()) > _FAINT**2 * float(total):
+                    break
+                rounds = power_iters  # what is left is fainter than the start could tell
+                continue
             residual = (total - _squares(core)[..., :rank].sum(-1)).clamp_min(1e-6 * total)
             if isinstance(last, Tensor) and bool((last <= residual * (1.0 + tolerance / 4) ** 2).all()):
                 break

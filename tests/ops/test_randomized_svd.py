@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fuse import SparseMatrix
+from lora_fuse import SparseMatrix, _cpu
 from lora_fuse import functional as F
 from lora_fuse.ops import randomized_svd as module
+from lora_fuse.ops.operands import Dense, as_operand
+from lora_fuse.ops.sketch import worthwhile
 
 M, N, RANK = 320, 400, 16
+FP32 = torch.float32
 
 
 def _with_spectrum(s: Tensor, m: int = M, n: int = N) -> Tensor:
@@ -54,6 +57,15 @@ def _check(svd: F.LowRankSVD, exact: Tensor, k: int, excess: float, floor: float
     torch.testing.assert_close(svd.residual, error, rtol=1e-3, atol=float(floor * norm.max()))
 
 
+@pytest.fixture(params=["random start", "bf16 start"])
+def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to start, whatever this CPU would choose for matrices of this size."""
+    rough = request.param == "bf16 start"
+    monkeypatch.setattr(module, "worthwhile", lambda x, block: rough and isinstance(x, Dense) and x.dtype == FP32)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("start")
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_error_is_near_the_optimum(spectrum: str) -> None:
     x = SPECTRA[spectrum]()
@@ -61,6 +73,7 @@ def test_error_is_near_the_optimum(spectrum: str) -> None:
     _check(F.randomized_svd(x.T, RANK), x.T, RANK, excess=1e-2)
 
 
+@pytest.mark.usefixtures("start")
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_no_worse_than_subspace_iteration(spectrum: str) -> None:
     x = SPECTRA[spectrum]()
@@ -71,6 +84,7 @@ def test_no_worse_than_subspace_iteration(spectrum: str) -> None:
         assert ours <= theirs + 1e-5 * x.norm()
 
 
+@pytest.mark.usefixtures("start")
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_tolerance_is_met(spectrum: str) -> None:
     x = SPECTRA[spectrum]()
@@ -276,12 +290,39 @@ def test_zeros(shape: tuple[int, int]) -> None:
     assert F.randomized_svd(torch.zeros(shape), energy=0.9).S.shape == (1,)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25, 1e36])
-def test_magnitudes_whose_squares_leave_fp32(scale: float) -> None:
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-14, 1e15, 1e25, 1e36])
+def test_magnitudes_whose_squares_leave_fp32(start: str, scale: float) -> None:
     x = torch.randn(M, N)
     want, got = F.randomized_svd(x, RANK), F.randomized_svd(x * scale, RANK)
-    torch.testing.assert_close(got.S / scale, want.S, rtol=1e-3, atol=0)
+    torch.testing.assert_close(got.S / scale, want.S, rtol=2e-2 if start == "bf16 start" else 1e-3, atol=0)
     torch.testing.assert_close(got.norm / scale, want.norm, rtol=1e-5, atol=0)
+
+
+def test_a_start_in_bf16_reads_the_matrix_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this path there is one product with X and one with X^T in fp32, unless the remainder is very faint."""
+    calls: list[str] = []
+    monkeypatch.setattr(module, "worthwhile", lambda x, block: True)
+    for name in ("matmul", "rmatmul"):
+        real = getattr(Dense, name)
+        monkeypatch.setattr(Dense, name, lambda self, q, name=name, real=real: calls.append(name) or real(self, q))
+    F.randomized_svd(torch.randn(M, N), RANK)
+    assert calls == ["matmul", "rmatmul"]
+    calls.clear()
+    F.randomized_svd(SPECTRA["fast"](), RANK)  # the 17th value is 1/55 of the first, the 40th below a ten thousandth
+    few = len(calls)
+    calls.clear()
+    x = _with_spectrum(torch.exp(-torch.arange(M) / 2.0))
+    svd = F.randomized_svd(x, RANK)
+    assert len(calls) == 6 > few
+    _check(svd, x, RANK, excess=1e-2)
+
+
+def test_large_matrices_start_in_bf16_where_that_pays() -> None:
+    wanted = _cpu.isa() == "amx_bf16"
+    big, small = torch.empty(1024, 1100), torch.empty(1000, 1100)
+    assert worthwhile(as_operand(big, "x"), 96) is wanted
+    for x in (small, big.double(), torch.empty(2, 1024, 1024), SparseMatrix.from_mask(torch.eye(4), torch.eye(4) > 0)):
+        assert not worthwhile(as_operand(x, "x"), 96)
 
 
 @pytest.mark.parametrize("shape", [(1, 300), (300, 1), (2, 2), (129, 1000)])
