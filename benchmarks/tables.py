@@ -147,3 +147,34 @@ def switches(rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]  # fmt: skip
     return table(["dtype", "density", "switch_task", "copies", "held per task", "a whole model"], body)
+
+
+def sparsify(rows: list[dict[str, Any]]) -> str:
+    body = [
+        [f"`{r['name']}`", f"{r['seconds']:.2f} s", f"{r['peft']:.1f} s", f"{r['ratio']:.0f}x", f"{r['excess']:.0e}"]
+        for r in rows
+    ]
+    return table(["method", "lora_fuse", "PEFT", "ratio", "error / optimal - 1"], body)
+
+
+def joint(rows: list[dict[str, Any]]) -> str:
+    body = [
+        [r["kind"], r["form"], str(r["rank"]), f"{r['fewer_bytes']:.1f}x", f"{r['error']:.1%}",
+         f"{r['over_dense']:.3f}x" if "over_dense" in r else "", f"{r['seconds']:.1f} s"]
+        for r in rows
+    ]  # fmt: skip
+    head = ["adapters", "form", "rank", "fewer bytes", "relative error", "dense least squares'", "time"]
+    return table(head, body)
+
+
+def joint_serving(rows: list[dict[str, Any]]) -> str:
+    body = []
+    for r in rows:
+        us, nbytes = r["us"], r["nbytes"]
+        bare = us["bare linear"]
+        cells = [
+            f"{us[n] / 1e3:.2f} ms (+{us[n] / bare - 1:.0%}), {nbytes[n] / 1e6:.1f} MB"
+            for n in ("LoRA slots", "joint slots")
+        ]
+        body.append([str(r["dtype"]).removeprefix("torch."), f"{bare / 1e3:.2f} ms", *cells])
+    return table(["dtype", "bare linear", "LoRA slots, rank 16", "joint slots, rank 64"], body)
