@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fuse.functional import multi_lora
-from lora_fuse.nn.linear import AdaptedModule, add_bias, pair_slots, rebuildable
+from lora_fuse.nn.linear import AdaptedModule, add_bias, input_of, pair_slots, rebuildable
 from lora_fuse.nn.traced import traced_routing
 from lora_fuse.ops.eager import autocasts
 
@@ -67,9 +67,10 @@ class MultiLoRAConv2d(AdaptedModule, nn.Conv2d):
 class WrappedConv2d(AdaptedModule):
     """A convolution of another class, or one whose instance has a forward of its own."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         base_forward = self.__dict__.get("lora_base_forward")
-        y = super().forward(x, *args, **kwargs) if base_forward is None else base_forward(x, *args, **kwargs)
+        x = input_of(args, kwargs)
+        y = super().forward(*args, **kwargs) if base_forward is None else base_forward(*args, **kwargs)
         return _add_positions(self, y, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

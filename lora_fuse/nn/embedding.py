@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fuse.adapters.pool import EmbeddingPool
-from lora_fuse.nn.linear import AdaptedModule, pair_slots, rebuildable
+from lora_fuse.nn.linear import AdaptedModule, input_of, pair_slots, rebuildable
 from lora_fuse.nn.traced import traced_routing
 
 
@@ -53,9 +53,10 @@ class MultiLoRAEmbedding(AdaptedModule, nn.Embedding):
 class WrappedEmbedding(AdaptedModule):
     """An embedding of another class, with ``embed_scale`` if it has one (the LoRA part is scaled too, as PEFT does)."""
 
-    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         base_forward = self.__dict__.get("lora_base_forward")
-        y = super().forward(ids, *args, **kwargs) if base_forward is None else base_forward(ids, *args, **kwargs)
+        ids = input_of(args, kwargs)
+        y = super().forward(*args, **kwargs) if base_forward is None else base_forward(*args, **kwargs)
         return _add_rows(self, y, ids, getattr(self, "embed_scale", None))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

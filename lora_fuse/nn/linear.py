@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ def add_lora_traced(y: Tensor, x: Tensor, pool: AdapterPool, serving: Serving, o
     return y
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with: the first argument, by whatever name its class has for it."""
+    return args[0] if args else next(iter(kwargs.values()))  # type: ignore[no-any-return]
+
+
 class AdaptedModule(nn.Module):
     """What every layer that was given slots has; a module gets it by a change of class, so its identity stays."""
 
@@ -91,7 +97,8 @@ class MultiLoRALinear(AdaptedModule, nn.Linear):
 
     lora_base = nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # the name that nn.Linear has, for calls by keyword
         y = F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return add_lora_traced(y, x, self.lora_pool, self.lora_serving)
@@ -112,9 +119,10 @@ class WrappedLinear(AdaptedModule):
     lora_one_entry = False
     lora_fresh = False  # whether the wrapped forward's result may be written into
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         base_forward = self.__dict__.get("lora_base_forward")
-        y = super().forward(x, *args, **kwargs) if base_forward is None else base_forward(x, *args, **kwargs)
+        x = input_of(args, kwargs)
+        y = super().forward(*args, **kwargs) if base_forward is None else base_forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             return add_lora_traced(y, x, self.lora_pool, self.lora_serving, self.lora_one_entry)
         if not isinstance(y, Tensor):
@@ -139,10 +147,10 @@ class PermutedLinear(WrappedLinear):
 
     lora_one_entry = True
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             self.lora_serving.current()[0].require_one_entry(self.lora_path)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 _WRAPPED: dict[tuple[type, type, bool], type[AdaptedModule]] = {}

@@ -192,15 +192,15 @@ class PackedLinear(MultiLoRALinear):
     lora_fresh = True
     lora_pack: tuple[Pack, int]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             pack, index = self.lora_pack
-            y = pack.output(index, self, x)
+            y = pack.output(index, self, input)
             if y is not None:
                 return y
         if "lora_pool" in self._modules:
-            return super().forward(x)
-        return F.linear(x, self.weight, self.bias)
+            return super().forward(input)
+        return F.linear(input, self.weight, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

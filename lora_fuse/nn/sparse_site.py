@@ -21,7 +21,7 @@ from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.adapters.sparse_pool import SparsePool
 from lora_fuse.functional import sparse_delta_linear
 from lora_fuse.nn.conv import columns_of
-from lora_fuse.nn.linear import AdaptedModule, MultiLoRALinear, rebuildable, wrapped_class
+from lora_fuse.nn.linear import AdaptedModule, MultiLoRALinear, input_of, rebuildable, wrapped_class
 from lora_fuse.nn.selection import Snapshot
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.targets import conv1d_of, device_of, is_hooked
@@ -191,12 +191,13 @@ class SparseSite(AdaptedModule):
     lora_fresh = False  # whether the result of the class below may be written into
     lora_sparse: SiteSlots
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         base_forward = self.__dict__.get("lora_base_forward")
+        x = input_of(args, kwargs)
         if base_forward is None or issubclass(type(self).lora_base, AdaptedModule):
-            y = super().forward(x, *args, **kwargs)
+            y = super().forward(*args, **kwargs)
         else:
-            y = base_forward(x, *args, **kwargs)
+            y = base_forward(*args, **kwargs)
         slots, serving = cast(SiteSlots, self._modules["lora_sparse"]), self.lora_serving
         if torch.compiler.is_compiling():
             return _traced(slots, serving, y, x)

@@ -386,3 +386,45 @@ def test_warmup_counts_distinct_kinds() -> None:
     assert lf.warmup(model) == 3
     assert lf.warmup(model, num_tokens=()) == 3
     assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_layers_called_by_keyword(wrapped: bool, pack: bool) -> None:
+    """As their classes allow: every layer's argument is called ``input`` in torch, ``x`` in transformers' Conv1D."""
+
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    class Own(nn.Linear):
+        pass
+
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
+            kind = Own if wrapped else nn.Linear
+            self.q_proj, self.k_proj = kind(8, 8), kind(8, 8)
+            self.mix = nn.Conv2d(1, 1, 1)
+            self.old = conv1d(6, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.norm(input=self.words(input=ids))
+            x = self.q_proj(input=x) + self.k_proj(input=x)
+            y: Tensor = self.old(x=self.mix(input=x[:, None])[:, 0])
+            return y
+
+    model = ByKeyword()
+    bare = copy.deepcopy(model)
+    paths = ["q_proj", "k_proj", "old"]
+    adapters = {"a": adapter(model, paths, 2)}
+    more = {"words": embedding_layer(model.words, 2), "mix": conv_layer(model.mix, 2)}
+    lf.attach(model, {"a": LoraAdapter({**adapters["a"].layers, **more})}, pack=pack)
+    ids = torch.randint(9, (3, 4))
+    with torch.no_grad():
+        assert torch.equal(model(ids), bare(ids))
+        for path, layer in more.items():
+            weight: Any = bare.get_submodule(path).weight
+            weight += layer.product()
+        with lf.use_adapters(model, ["a"] * 3):
+            got = model(ids)
+        torch.testing.assert_close(got, rows(bare, adapters, ["a"] * 3, ids), rtol=1e-4, atol=1e-5)
