@@ -170,7 +170,9 @@ def joint_compress(
     for what, size in (("rank", rank), ("num_clusters", num_clusters)):
         if type(size) is not int or size < 1:
             raise ValueError(f"{what}: expected an integer of at least 1, got {size!r}")
-    if form not in FITS:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {seed!r}")
+    if form not in get_args(Form):
         raise ValueError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
     if dtype is not None:
         check_dtype(dtype)

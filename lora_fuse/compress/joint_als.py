@@ -178,6 +178,9 @@ def fit_diagonal(products: Products, rank: int, seed: int, sweeps: int = 300, to
         sweeps, tolerance: as for ``fit_full``.
     Source: Brüel-Gabrielsson et al., arXiv:2407.00066 (JD-Diag); Harshman, PARAFAC, 1970.
     """
+    if not rank:  # the span of products that are all zero
+        m, n, count = products.b.shape[1], products.a.shape[2], len(products)
+        return JointFit(torch.zeros(m, 0), torch.zeros(n, 0), torch.zeros(count, 0), torch.zeros(count))
     generator = torch.Generator().manual_seed(seed)
     starts = [_pairs_of(products, rank, generator) for _ in range(3)]
     u, v, _ = min((_sweeps(products, *start, 10, 0.0) for start in starts), key=lambda tried: float(tried[2].sum()))

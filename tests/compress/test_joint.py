@@ -301,3 +301,23 @@ def test_bad_input(change: Any, kwargs: dict[str, Any], match: str) -> None:
     adapters = bank_of(4)
     with pytest.raises(ValueError, match=match):
         joint_compress(adapters if change is None else change(adapters), **kwargs)
+
+
+@pytest.mark.parametrize("form", ["full", "diagonal"])
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_adapters_that_are_zero(form: Any, clusters: int) -> None:
+    adapters = bank_of(2)
+    zero = {path: LoraLayer(torch.zeros(2, n), torch.zeros(m, 2), 1.0) for path, (m, n) in SIZES.items()}
+    adapters["zero"] = LoraAdapter(zero)
+    bank = joint_compress(adapters, rank=4, num_clusters=clusters, form=form)
+    assert not any(bank.adapters["zero"].delta(path).any() for path in SIZES)
+    alone = joint_compress({"zero": adapters["zero"]}, rank=4, form=form)
+    assert not any(alone.adapters["zero"].delta(path).any() for path in SIZES)
+    assert alone.report.error == 0
+
+
+def test_seed_and_form_of_wrong_types() -> None:
+    with pytest.raises(TypeError, match="seed: expected an integer, got 'a'"):
+        joint_compress(bank_of(2), seed="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"form: expected one of full, diagonal, got \['full'\]"):
+        joint_compress(bank_of(2), form=["full"])  # type: ignore[arg-type]
