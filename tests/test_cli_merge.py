@@ -200,6 +200,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(merge_method="breadcrumbs"), "density, gamma: 1.0 of the entries cannot stay"),
         (changed(merge_method="della"), "density, epsilon: chances from 0.85 to 1.15"),
         (changed(dtype="int8"), "dtype: expected one of float32, float16"),
+        (changed(dtype=["float16"]), "dtype: expected one of float32, float16"),
         (changed(base_model=None), "base_model: is missing"),
         (changed(parameters={"rank": 4}), "rank: method 'ties' does not take it"),
         (

@@ -106,7 +106,7 @@ def _recipe(config: Any) -> Recipe:
     if not models:
         raise ValueError("models: there is nothing beside the base model")
     dtype = config.get("out_dtype") or config.get("dtype")
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     recipe = Recipe(models, [], _METHODS.get(name, name), {}, base, None if dtype is None else _DTYPES[dtype])
     _fill_in(recipe, name, shared, own)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -165,12 +166,14 @@ def _conv1d_names(sources: Sequence[Any]) -> Callable[[str], bool]:
 
 
 def _matcher(argument: str, given: Targets) -> Callable[[str], bool]:
-    if given is not None and not isinstance(given, str) and not all(isinstance(t, str) for t in given):
-        raise TypeError(f"{argument}: expected a regex or a list of names, got {given!r}")
-    settings = LoraSettings(target_modules=given)
     if isinstance(given, str):
-        settings.targets("")  # complains about what is no regex
-    return settings.targets
+        try:
+            re.compile(given)
+        except re.error as error:
+            raise ValueError(f"{argument}: {given!r} is no regex ({error})") from None
+    elif given is not None and not (isinstance(given, Iterable) and all(isinstance(t, str) for t in given)):
+        raise TypeError(f"{argument}: expected a regex or a list of names, got {given!r}")
+    return LoraSettings(target_modules=given).targets
 
 
 def _ancestors(name: str) -> list[str]:

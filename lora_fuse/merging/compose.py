@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_fuse.merging.composition import Composition, History, Per
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.stacked import Stack, make_stack
+from lora_fuse.merging.terms import check_number
 from lora_fuse.merging.training import (
     as_found,
     check_batches,
@@ -238,7 +239,5 @@ def _check(
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ValueError(f"{name}: expected an integer from {least}, got {number!r}")
     for name, value in (("lr", lr), ("trainable_lr", lr if trainable_lr is None else trainable_lr)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
-    if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay: expected a finite number from 0, got {weight_decay!r}")
+        check_number(name, value, "a positive finite number", lambda x: x > 0)
+    check_number("weight_decay", weight_decay, "a finite number from 0", lambda x: x >= 0)

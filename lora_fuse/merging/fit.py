@@ -59,6 +59,8 @@ def patterns_of(argument: str, given: Patterns) -> list[str]:
     Raises:
         TypeError: something else than strings.
     """
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument}: expected patterns for parameter names, got {type(given).__name__}")
     patterns = [given] if isinstance(given, str) else list(given)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -26,7 +26,7 @@ from lora_fuse.merging.options import Options
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.rules import Parts, Settings, choose, settle
 from lora_fuse.merging.terms import Weights as GivenWeights
-from lora_fuse.merging.terms import read_weights
+from lora_fuse.merging.terms import by_name, read_weights
 from lora_fuse.merging.weights import Weights, WeightSource, open_weights
 from lora_fuse.ops.topk import matrix_shape
 
@@ -257,10 +257,10 @@ def _sources(models: Any) -> dict[str, Any]:
         raise TypeError(f"models: with base=, expected a list or a dict of models, got {type(models).__name__}")
     if isinstance(models, Mapping) and any(isinstance(value, Tensor) for value in models.values()):
         raise TypeError("models: got one state dict; put the models in a list or a dict")
-    found = dict(models) if isinstance(models, Mapping) else dict(enumerate(models))
+    found = by_name("models", models)
     if not found:
         raise ValueError("models: expected at least one model, got none")
-    return {str(key): value for key, value in found.items()}
+    return found
 
 
 def _check(base: StateDict, finetuned: Sequence[StateDict]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_fuse.merging.progress import track
 from lora_fuse.merging.stacked import make_stack
+from lora_fuse.merging.terms import check_number
 from lora_fuse.merging.training import as_found, check_batches
 from lora_fuse.nn.attachment import unwrap
 
@@ -78,10 +79,8 @@ def lorahub(
             raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
     if method not in ("linear", "factor_average"):
         raise ValueError(f"method: expected one of linear, factor_average, got {method!r}")
-    if not 0.0 < bound < math.inf:
-        raise ValueError(f"bound: expected a positive finite number, got {bound!r}")
-    if not 0.0 <= penalty < math.inf:
-        raise ValueError(f"penalty: expected a finite number from 0, got {penalty!r}")
+    check_number("bound", bound, "a positive finite number", lambda x: x > 0)
+    check_number("penalty", penalty, "a finite number from 0", lambda x: x >= 0)
     check_batches("batches", batches)
     module = unwrap(model)
     history: list[tuple[tuple[float, ...], float]] = []

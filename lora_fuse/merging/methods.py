@@ -89,7 +89,7 @@ def method_of(name: str, options: Options) -> Method:
     Raises:
         ValueError: no such method, or an option that it does not take; both say what there is.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
     _check_taken(name, options, {other: m.takes for other, m in METHODS.items()}, method.scopes)
@@ -104,8 +104,8 @@ def rule_of(name: str, options: Options) -> Rule:
     Raises:
         ValueError: no such method, or an option that it does not take; both say what there is.
     """
-    if name not in RULES:
-        known = "works on adapters only" if name in METHODS else "does not exist"
+    if not isinstance(name, str) or name not in RULES:
+        known = "works on adapters only" if isinstance(name, str) and name in METHODS else "does not exist"
         raise ValueError(f"method: {name!r} {known}; whole models are merged by one of {', '.join(RULES)}")
     _check_taken(
         name, options, {other: rule.takes for other, rule in RULES.items()}, SCOPES, "no merge of whole models does"

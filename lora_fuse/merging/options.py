@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_fuse.merging.elementwise import DIVISORS, MAJORITY_SIGNS, Divisor, MajoritySign
-from lora_fuse.merging.terms import check_dtype, check_truncation
+from lora_fuse.merging.terms import check_dtype, check_number, check_truncation
 
 # For each adapter, in their order or by name: module path -> Gram matrix of that module's inputs
 Grams: TypeAlias = Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]]
@@ -57,16 +56,16 @@ class Options:
     def __post_init__(self) -> None:
         check_truncation(self.rank, self.energy)
         check_dtype(self.dtype)
-        _check_number("scaling", self.scaling, "a finite number", lambda x: True)
+        _check_given("scaling", self.scaling, "a finite number", lambda x: True)
         for density in self.densities:
-            _check_number("density", density, "0 < density <= 1", lambda x: 0 < x <= 1)
-        _check_number("gamma", self.gamma, "0 <= gamma < 1", lambda x: 0 <= x < 1)
-        _check_number("epsilon", self.epsilon, "0 <= epsilon < 0.5", lambda x: 0 <= x < 0.5)
+            check_number("density", density, "0 < density <= 1", lambda x: 0 < x <= 1)
+        _check_given("gamma", self.gamma, "0 <= gamma < 1", lambda x: 0 <= x < 1)
+        _check_given("epsilon", self.epsilon, "0 <= epsilon < 0.5", lambda x: 0 <= x < 0.5)
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(f"seed: expected an integer of at least 0, got {self.seed!r}")
-        _check_number("common_fraction", self.common_fraction, "0 <= common_fraction <= 1", lambda x: 0 <= x <= 1)
-        _check_number("off_diagonal", self.off_diagonal, "0 <= off_diagonal <= 1", lambda x: 0 <= x <= 1)
-        _check_number("ridge", self.ridge, "a number of at least 0", lambda x: x >= 0)
+        _check_given("common_fraction", self.common_fraction, "0 <= common_fraction <= 1", lambda x: 0 <= x <= 1)
+        _check_given("off_diagonal", self.off_diagonal, "0 <= off_diagonal <= 1", lambda x: 0 <= x <= 1)
+        _check_given("ridge", self.ridge, "a number of at least 0", lambda x: x >= 0)
         for name, accepted in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in accepted:
@@ -82,10 +81,6 @@ class Options:
         return [] if self.density is None else [self.density]  # type: ignore[list-item]
 
 
-def _check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> None:
-    if value is None:
-        return
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not math.isfinite(value) or not fits(value):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+def _check_given(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> None:
+    if value is not None:
+        check_number(name, value, expected, fits)

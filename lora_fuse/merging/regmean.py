@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.merging.linear import linear
 from lora_fuse.merging.options import Grams, Options
-from lora_fuse.merging.terms import LayerTerm, Term
+from lora_fuse.merging.terms import LayerTerm, Term, by_name
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,13 @@ def _by_adapter(grams: Grams | None, terms: Sequence[Term]) -> list[Mapping[str,
         )
     expected = "expected {module path: matrix} for each adapter, in their order or by the same names"
     if isinstance(grams, Mapping):
-        if set(grams) != {t.key for t in terms}:
-            raise ValueError(f"grams: {expected}, got {sorted(map(str, grams))} for {[t.key for t in terms]}")
-        entries = [grams[t.key] for t in terms]
+        given = by_name("grams", grams)
+        if set(given) != {t.key for t in terms}:
+            raise ValueError(f"grams: {expected}, got {sorted(given)} for {[t.key for t in terms]}")
+        entries = [given[t.key] for t in terms]
     else:
+        if not isinstance(grams, Sequence):
+            raise TypeError(f"grams: {expected}, got {type(grams).__name__}")
         entries = list(grams)
         if len(entries) != len(terms):
             raise ValueError(f"grams: {expected}, got {len(entries)} for {len(terms)} adapters")

@@ -24,6 +24,7 @@ from lora_fuse.merging.elementwise import (
     votes,
 )
 from lora_fuse.merging.options import Options
+from lora_fuse.merging.terms import by_name
 from lora_fuse.ops.topk import matrix_shape
 
 # (which task vector, first row, row after the last) -> [rows, cols], fp32 or fp64, which may be overwritten
@@ -153,9 +154,10 @@ def _or(value: Number | None, default: Number) -> Number:
 
 def _by_key(density: float | Mapping[str, float] | Sequence[float], keys: Sequence[str]) -> dict[str, float]:
     if isinstance(density, Mapping):
-        if set(density) != set(keys):
-            raise ValueError(f"density: a dict needs the names {sorted(keys)}, got {sorted(density)}")
-        return {key: float(density[key]) for key in keys}
+        given = by_name("density", density)
+        if set(given) != set(keys):
+            raise ValueError(f"density: a dict needs the names {sorted(keys)}, got {sorted(given)}")
+        return {key: float(given[key]) for key in keys}
     if isinstance(density, Sequence):
         if len(density) != len(keys):
             raise ValueError(f"density: expected a number or {len(keys)} of them, got {len(density)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,22 +53,36 @@ def load_sources(adapters: Sources) -> dict[str, LoraAdapter]:
         adapters = [adapters]
     if not isinstance(adapters, (Mapping, Sequence)):
         raise TypeError(f"adapters: expected a list or a dict of adapters, got {type(adapters).__name__}")
-    items = list(adapters.items() if isinstance(adapters, Mapping) else enumerate(adapters))
-    if not items:
+    named = by_name("adapters", adapters)
+    if not named:
         raise ValueError("adapters: expected at least one adapter, got none")
     loaded = {}
-    for key, source in items:
+    for key, source in named.items():
         if isinstance(source, (str, os.PathLike)):
             from lora_fuse.adapters.load import load_adapter
 
             source = load_adapter(source)
         if not isinstance(source, LoraAdapter):
+            shown = repr(key) if isinstance(adapters, Mapping) else key
             raise TypeError(
-                f"adapters[{key!r}]: expected a LoraAdapter or a path, got {type(source).__name__}; whole models need "
+                f"adapters[{shown}]: expected a LoraAdapter or a path, got {type(source).__name__}; whole models need "
                 "base="
             )
-        loaded[str(key)] = source
+        loaded[key] = source
     return loaded
+
+
+def by_name(argument: str, given: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
+    """What was given by its names, or by positions, as strings.
+
+    Raises:
+        ValueError: two names are one as strings, such as 1 and "1"; one of the two would be lost.
+    """
+    keys = list(given) if isinstance(given, Mapping) else list(range(len(given)))
+    found = {str(key): given[key] for key in keys}
+    if len(found) < len(keys):
+        raise ValueError(f"{argument}: names have to differ as strings, got {keys}")
+    return found
 
 
 def make_terms(adapters: Sources, weights: Weights, default: float = 1.0) -> list[Term]:
@@ -107,10 +121,11 @@ def read_weights(
     if weights is None:
         values = [default] * len(keys)
     elif isinstance(weights, Mapping):
-        if not named or set(weights) != set(keys):
+        by_key = by_name("weights", weights)
+        if not named or set(by_key) != set(keys):
             have = sorted(keys) if named else f"a list of {len(keys)}"
-            raise ValueError(f"weights: a dict needs the {what}s' own names, got {sorted(weights)} for {have}")
-        values = [weights[name] for name in keys]
+            raise ValueError(f"weights: a dict needs the {what}s' own names, got {sorted(by_key)} for {have}")
+        values = [by_key[name] for name in keys]
     else:
         given = weights.tolist() if isinstance(weights, Tensor) else weights
         if not isinstance(given, Iterable):
@@ -136,8 +151,21 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"rank, energy: give one of the two, got rank={rank} and energy={energy}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
-    if energy is not None and not 0.0 < energy <= 1.0:
-        raise ValueError(f"energy: expected 0 < energy <= 1, got {energy}")
+    if energy is not None:
+        check_number("energy", energy, "0 < energy <= 1", lambda x: 0 < x <= 1)
+
+
+def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> None:
+    """Refuse what is no finite number or does not fit.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not finite, or ``fits`` says no.
+    """
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or getattr(value, "ndim", False):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_finite(terms: Iterable[Term]) -> None:

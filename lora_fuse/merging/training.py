@@ -64,6 +64,8 @@ def scalar_loss(loss: Any, when: str) -> Tensor:
         raise TypeError(f"loss_fn: expected a scalar tensor, got {type(loss).__name__} {when}")
     if loss.dim() != 0:
         raise ValueError(f"loss_fn: expected a scalar, got a tensor of shape {tuple(loss.shape)} {when}")
+    if loss.is_complex():
+        raise ValueError(f"loss_fn: expected a real scalar, got {loss.dtype} {when}")
     if not bool(torch.isfinite(loss.detach())):
         raise ValueError(f"loss_fn: expected a finite loss, got {float(loss.detach())} {when}")
     return loss

@@ -85,6 +85,8 @@ def randomized_svd(
     for label, value in (("oversample", oversample), ("power_iters", power_iters)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{label}: expected an integer of at least 0, got {value!r}")
+    if isinstance(tolerance, str):
+        raise TypeError(f"tolerance: expected 0 < tolerance < 1, got {tolerance!r}")
     if tolerance is not None and not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance: expected 0 < tolerance < 1, got {tolerance}")
     if generator is not None and (isinstance(generator, bool) or not isinstance(generator, (int, torch.Generator))):

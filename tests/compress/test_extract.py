@@ -294,3 +294,19 @@ def test_wrong_types() -> None:
     for args, kwargs in (((3, TUNED), {}), ((BASE, TUNED), {"targets": [1]}), ((BASE, TUNED), {"prefix": 1})):
         with pytest.raises(TypeError):
             lf.extract(*args, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"targets": 5}, TypeError, "targets: expected a regex or a list of names, got 5"),
+        ({"targets": "("}, ValueError, "targets: '\\(' is no regex"),
+        ({"modules_to_save": 3}, TypeError, "modules_to_save: expected a regex or a list of names, got 3"),
+        ({"energy": "x"}, TypeError, "energy: expected 0 < energy <= 1, got 'x'"),
+        ({"tolerance": "x"}, TypeError, "tolerance: expected 0 < tolerance < 1, got 'x'"),
+    ],
+)
+def test_wrong_types_name_the_argument(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    base = {"lin.weight": torch.zeros(3, 4)}
+    with pytest.raises(error, match=message):
+        lf.extract(base, {"lin.weight": torch.ones(3, 4)}, **kwargs)

@@ -201,6 +201,7 @@ DORA = replace(GOOD["a"].layers["mix"], magnitude=torch.ones(12))
         ),
         ({"loss_fn": lambda m, b: None}, TypeError, "loss_fn: expected a scalar tensor, got NoneType at step 0"),
         ({"loss_fn": lambda m, b: m(b[0])}, ValueError, r"loss_fn: expected a scalar, got .*\(5, 4\) at step 0"),
+        ({"loss_fn": lambda m, b: m(b[0]).sum() * 1j}, ValueError, "loss_fn: expected a real scalar, got torch.complex64"),
         ({"loss_fn": lambda m, b: m(b[0]).mean() * torch.nan}, ValueError, "a finite loss, got nan at step 0"),
         ({"loss_fn": lambda m, b: m(b[0]).mean().detach()}, ValueError, "loss_fn: the loss does not depend on the wei"),
         (
@@ -221,6 +222,7 @@ DORA = replace(GOOD["a"].layers["mix"], magnitude=torch.ones(12))
         ({"patience": 0}, ValueError, "patience: expected an integer from 1, got 0"),
         ({"evaluate_every": 0}, ValueError, "evaluate_every: expected an integer from 1"),
         ({"lr": 0.0}, ValueError, "lr: expected a positive finite number, got 0.0"),
+        ({"lr": "a"}, TypeError, "lr: expected a positive finite number, got 'a'"),
         ({"trainable_lr": float("nan")}, ValueError, "trainable_lr: expected a positive"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay: expected a finite number from 0"),
         ({"trainable": "classifier"}, TypeError, "trainable: expected a sequence of module paths, got 'classifier'"),

@@ -341,3 +341,34 @@ def test_agrees_with_peft_where_peft_is_right(tmp_path: Path, combination: str) 
     for path in ("lin", "wide", "emb"):
         theirs = model.base_model.model.get_submodule(path).get_delta_weight("mix").detach()
         torch.testing.assert_close(merged.delta(path), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"energy": "0.5"}, TypeError, "energy: expected 0 < energy <= 1, got '0.5'"),
+        ({"energy": True}, TypeError, "energy: expected 0 < energy <= 1, got True"),
+        ({"method": ["ties"]}, ValueError, r"method: expected one of .*, got \['ties'\]"),
+        ({"method": "ties", "density": torch.tensor([0.2, 0.3])}, TypeError, "density: expected 0 < density <= 1, got"),
+        ({"method": "ties", "density": {"0": 0.2, 5: 0.3}}, ValueError, "density: a dict needs the names"),
+        ({"method": "regmean", "grams": 5}, TypeError, "grams: expected .*, got int"),
+        ({"weights": {0: 1.0, "a": 2.0}}, ValueError, "weights: a dict needs the adapters' own names"),
+    ],
+)
+def test_wrong_types_name_the_argument(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lf.merge(three_adapters()[:2], **kwargs)
+
+
+def test_names_are_compared_as_strings() -> None:
+    one, two = three_adapters()[:2]
+    merged = lf.merge({1: one, 2: two}, {1: 0.5, 2: -1.0})  # type: ignore[dict-item]
+    same = lf.merge([one, two], [0.5, -1.0])
+    assert all(torch.equal(layer.lora_b, same.layers[path].lora_b) for path, layer in merged.layers.items())
+    with pytest.raises(ValueError, match=r"adapters: names have to differ as strings, got \[1, '1'\]"):
+        lf.merge({1: one, "1": two})  # type: ignore[dict-item]
+    state = {"w": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match="models: names have to differ as strings"):
+        lf.merge({1: state, "1": state}, base=state)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="heads: expected patterns for parameter names, got int"):
+        lf.merge([state], base=state, heads=3)  # type: ignore[call-overload]
