@@ -24,7 +24,7 @@ from lora_fuse.merging.fuse import fuse, unfuse
 from lora_fuse.merging.grams import collect_grams
 from lora_fuse.merging.lorahub import lorahub
 from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swap_adapter
-from lora_fuse.nn.select import adapter_slots, adapters, head_sizes, set_adapters, use_adapters
+from lora_fuse.nn.select import adapter_slots, adapters, check, head_sizes, set_adapters, use_adapters
 from lora_fuse.nn.switch import switch_task
 from lora_fuse.nn.warmup import warmup
 from lora_fuse.sparse import SparseMatrix
@@ -45,6 +45,7 @@ __all__ = [
     "adapters",
     "add_adapter",
     "attach",
+    "check",
     "collect_grams",
     "detach",
     "extract",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_fuse import _cpu
-from lora_fuse.ops.multi_lora import build_tiles, sort_slots
+from lora_fuse.ops.multi_lora import build_tiles, sort_slots, without_padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,8 @@ class Routing:
         num_rows: rows of the flattened activation ``[num_rows, features]``.
         tensors: the five above in this order, as the op takes them.
         leases: whatever must stay alive while this routing is in use (slots are reused when nothing holds them).
+        padded: pairs from ``segment_starts[-1]`` on are not there, so that sizes tell nothing about the selection: what
+            is never read back from a device, and what a CUDA graph reads again after it was rewritten.
     """
 
     rows: Tensor
@@ -38,6 +40,7 @@ class Routing:
     row_pairs: Tensor | None
     num_rows: int
     leases: tuple[Any, ...] = ()
+    padded: bool = False
     tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,13 +50,14 @@ class Routing:
 
     @property
     def tiles(self) -> Tensor | None:
-        """``[num_tiles, 4]`` int32: slot, first pair, pairs of each tile that CUDA kernels work on; None elsewhere.
+        """``[num_tiles, 4]`` int32: slot, first pair, pairs of each tile that CUDA kernels work on; elsewhere None, or
+        not empty where the routing is padded, which is all that the op goes by there.
 
         Built on the device, once, by the first layer that asks.
         """
-        if self.rows.device.type != "cuda":
-            return None
         if "_tiles" not in self.__dict__:
+            if self.rows.device.type != "cuda":
+                return self.rows.new_full((1, 4), -1) if self.padded else None
             object.__setattr__(self, "_tiles", build_tiles(self.segment_starts, self.num_pairs))
         return self.__dict__["_tiles"]  # type: ignore[no-any-return]
 
@@ -76,18 +80,24 @@ class Routing:
         return torch.repeat_interleave(slots, counts, output_size=self.num_pairs)
 
     @classmethod
-    def from_slots(cls, slots: Tensor, num_slots: int, leases: tuple[Any, ...] = ()) -> Routing:
+    def from_slots(
+        cls, slots: Tensor, num_slots: int, leases: tuple[Any, ...] = (), flag: Tensor | None = None
+    ) -> Routing:
         """One slot per row; -1 means none.
 
         Args:
             slots: ``[num_rows]``, any integer dtype; values in ``[-1, num_slots)``.
             num_slots: slots of the pools this will be used with.
+            flag: ``[1]`` int32 on the same device. With it nothing is read back: a value out of range is -1 and sets
+                the flag to 1, and the routing is padded.
         Raises:
-            ValueError: a value out of range (the first offender is named).
+            ValueError: a value out of range (the first offender is named), if there is no flag.
         """
         if slots.dim() != 1 or slots.dtype.is_floating_point or slots.dtype in (torch.bool, torch.complex64):
             raise ValueError(f"slots: expected a 1-d integer tensor, got {slots.dtype} with shape {tuple(slots.shape)}")
         num_rows = slots.shape[0]
+        if flag is not None:
+            return cls(*_sorted_unread(slots, num_slots, flag), None, None, num_rows, leases, True)
         if slots.device.type == "cuda" and (sorted_ := sort_slots(slots, num_slots)) is not None:
             return cls(sorted_[0], None, sorted_[1], None, None, num_rows, leases)
         slots = slots.long()
@@ -198,6 +208,8 @@ class Routing:
 
     def explicit(self) -> Routing:
         """The same routing with no field None: weights of one and the pairs of each row are spelled out."""
+        if self.padded:
+            return self.exact().explicit()
         if self.weights is not None and self.row_starts is not None:
             return self
         weights = torch.ones(self.num_pairs, device=self.device) if self.weights is None else self.weights
@@ -206,6 +218,30 @@ class Routing:
             row_starts = _starts(torch.bincount(self.rows.long(), minlength=self.num_rows))
             row_pairs = torch.argsort(self.rows, stable=True).int()
         return replace(self, weights=weights, row_starts=row_starts, row_pairs=row_pairs)
+
+    def exact(self) -> Routing:
+        """The same routing without padding, which takes a wait for the device; made once."""
+        if not self.padded:
+            return self
+        if "_exact" not in self.__dict__:
+            rows, weights, _, _, row_pairs = without_padding(self.tensors)
+            made = replace(self, rows=rows, weights=weights, row_pairs=row_pairs, padded=False)
+            made.rows.lora_leases = self.leases  # type: ignore[attr-defined]
+            object.__setattr__(self, "_exact", made)
+        return self.__dict__["_exact"]  # type: ignore[no-any-return]
+
+
+def _sorted_unread(slots: Tensor, num_slots: int, flag: Tensor) -> tuple[Tensor, None, Tensor]:
+    """``(rows, no weights, segment_starts)`` of ``from_slots`` without a wait; rows without a slot come last."""
+    if slots.device.type == "cuda" and (sorted_ := sort_slots(slots, num_slots, flag)) is not None:
+        return sorted_[0], None, sorted_[1]
+    slots = slots.long()
+    wrong = (slots < -1) | (slots >= num_slots)
+    flag.logical_or_(wrong.any())
+    key = torch.where(wrong | (slots < 0), num_slots, slots)
+    counts = torch.zeros(num_slots + 1, dtype=torch.int32, device=slots.device)
+    counts.index_add_(0, key, torch.ones_like(key, dtype=torch.int32))  # bincount would wait
+    return torch.argsort(key, stable=True).int(), None, _starts(counts[:-1])
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -81,18 +81,22 @@ def sort_slots(slots: Tensor, num_slots: int, flag: Tensor) -> tuple[Tensor, Ten
     return rows, starts
 
 
-def build_tiles(segment_starts: Tensor, num_pairs: int) -> Tensor:
+def build_tiles(segment_starts: Tensor, num_pairs: int, out: Tensor | None = None) -> Tensor:
     """The tiles of at most ``tile_rows(num_pairs)`` pairs that each slot's pairs are cut into.
 
     Args:
         segment_starts: ``[num_slots + 1]`` int32.
         num_pairs: how many there can be at most.
+        out: where to write them, ``[tile_capacity or more, 4]`` int32.
     Returns:
         ``[tile_capacity, 4]`` int32: slot, first pair, pairs; slot -1 where there is no tile.
     """
     num_slots = segment_starts.shape[0] - 1
-    capacity = tile_capacity(num_pairs, num_slots)
-    tiles = torch.empty(capacity, TILE_FIELDS, dtype=torch.int32, device=segment_starts.device)
+    capacity, tiles = tile_capacity(num_pairs, num_slots), out
+    if tiles is not None:
+        capacity = tiles.shape[0]
+    else:
+        tiles = torch.empty(capacity, TILE_FIELDS, dtype=torch.int32, device=segment_starts.device)
     if capacity:
         _tiles_kernel[(num_slots + 1,)](
             segment_starts,

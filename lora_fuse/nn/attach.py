@@ -18,7 +18,17 @@ from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.adapters.sparse_files import load_sparse_adapter, sparse_folder
 from lora_fuse.nn import bypass, generate, heads, packing
-from lora_fuse.nn.attachment import AttachedAdapter, Attachment, Begin, End, attachment_of, unwrap
+from lora_fuse.nn.attachment import (
+    AttachedAdapter,
+    Attachment,
+    Begin,
+    End,
+    attachment_of,
+    needs_of,
+    outgrows,
+    structure_of,
+    unwrap,
+)
 from lora_fuse.nn.linear import AdaptedModule, original_class
 from lora_fuse.nn.packed import PackedLinear
 from lora_fuse.nn.plan import Adapter, Plan, plan
@@ -56,6 +66,7 @@ def attach(
     max_rank: int | None = None,
     batch_dim: int = 0,
     pack: bool = False,
+    max_pairs: int = 4,
 ) -> nn.Module:
     """Give the model's layers slots and put the adapters there, in place. Nothing is selected yet: it computes as
     before.
@@ -96,6 +107,7 @@ def attach(
             axis there is refused, but ``[seq, batch, features]`` with ``seq == batch`` looks like a batch-first input:
             such a model needs ``batch_dim=1``, or its rows get each other's adapters.
         pack: let siblings that receive the same input share one product, where there are any.
+        max_pairs: most adapters that one row of a captured forward (a CUDA graph) may mix.
     Returns:
         ``model``.
     Raises:
@@ -113,14 +125,14 @@ def attach(
         max_rank = max((a.rank for a in loaded.values() if isinstance(a, LoraAdapter)), default=1) or 1
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"batch_dim: got {batch_dim!r}, accepted is an integer from 0")
-    for what, value in (("num_slots", num_slots), ("max_rank", max_rank)):
+    for what, value in (("num_slots", num_slots), ("max_rank", max_rank), ("max_pairs", max_pairs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what}: got {value!r}, accepted is an integer from 1")
     if not isinstance(pack, bool):
         raise TypeError(f"pack: got {pack!r}, accepted are True and False")
     if len(loaded) > num_slots:
         raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
-    serving = Serving(num_slots, max_rank, batch_dim)
+    serving = Serving(num_slots, max_rank, batch_dim, max_pairs)
     factors = (t.dtype for a in loaded.values() if not isinstance(a, SparseAdapter) for t in a.tensors())
     dtype = next(factors, torch.float32)
     attachment = Attachment(serving, dtype)
@@ -142,7 +154,9 @@ def attach(
     model.register_forward_hook(End(serving), always_call=True)
     attachment.wrapped = generate.install(model, serving)
     model.__dict__["lora_attachment"] = attachment
-    serving.publish(leases, {name: frozenset(info.heads) for name, info in attachment.info.items()})
+    serving.structure = structure_of(attachment)
+    copied = {name: frozenset(info.heads) for name, info in attachment.info.items()}
+    serving.publish(leases, copied, needs_of(attachment, planned))
     return given
 
 
@@ -344,6 +358,7 @@ def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[st
         }
         packed = [path for pack, _ in attachment.packs for path in pack.paths]
         planned = plan(model, loaded, attachment.layers, attachment.sparse, widths, serving.max_rank, packed)  # type: ignore[arg-type]
+        serving.refuse_growth(name, outgrows(attachment, planned, name))
         lease = serving.allocator.acquire(timeout)
         made = _make(planned, attachment)
         _fill(planned, name, made, attachment, lease.index)
@@ -354,7 +369,9 @@ def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[st
     tasks = {n: task for n, task in attachment.tasks.items() if n != name}
     attachment.tasks = tasks | {n: a for n, a in loaded.items() if isinstance(a, SparseAdapter)}
     leases = {**serving.published.leases, name: lease}
-    serving.publish(leases, {**serving.published.heads, name: frozenset(info.heads)})
+    serving.structure = structure_of(attachment)
+    copied = {**serving.published.heads, name: frozenset(info.heads)}
+    serving.publish(leases, copied, needs_of(attachment, planned))
     _prune(attachment)
 
 
@@ -370,7 +387,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     """Take one adapter out. Forwards that are running finish with it.
 
     A selection that still names it (the default, or a ``use_adapters`` block) makes the next forward under it a
-    ``ValueError``.
+    ``ValueError``; replays of a CUDA graph, which cannot raise, compute such rows as base rows.
 
     Args:
         model: an attached model.

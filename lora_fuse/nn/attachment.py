@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from lora_fuse.nn.bypass import Switched
 from lora_fuse.nn.heads import MultiHead
 from lora_fuse.nn.linear import AdaptedModule
 from lora_fuse.nn.packing import Packs, repack
+from lora_fuse.nn.plan import Plan
 from lora_fuse.nn.serving import Serving, batched_input
 from lora_fuse.nn.sparse_site import SparseSite
 from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
@@ -128,6 +130,30 @@ class End:
 
 run_as_plain_python(Begin.__call__)
 run_as_plain_python(End.__call__)
+
+
+def structure_of(attachment: Attachment) -> int:
+    """How many parts the model has that adapters brought: a CUDA graph has those that were there at its capture."""
+    biases = sum(layer.lora_pool.slot_bias is not None for layer in attachment.layers.values())
+    return len(attachment.layers) + len(attachment.heads) + len(attachment.sparse) + biases
+
+
+def outgrows(attachment: Attachment, planned: Plan, name: str) -> bool:
+    """Whether an adapter needs parts that the model does not have yet, or that no CUDA graph can follow."""
+    fitted = planned.adapters[name]
+    biased = (path for path, layer in fitted.layers.items() if layer.lora_bias is not None)
+    return bool(
+        planned.new_layers
+        or fitted.heads
+        or fitted.sites
+        or any(path not in attachment.layers or attachment.layers[path].lora_pool.slot_bias is None for path in biased)
+    )
+
+
+def needs_of(attachment: Attachment, planned: Plan) -> dict[str, float]:
+    """The structure that a CUDA graph has to know of to serve each adapter; infinite where none can."""
+    now = structure_of(attachment)
+    return {n: math.inf if fitted.heads or fitted.sites else now for n, fitted in planned.adapters.items()}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ def _add_rows(layer: AdaptedModule, y: Tensor, ids: Tensor, scale: Tensor | floa
     columns = pool.embedding_a
     weights: Tensor | None
     tiles: Tensor | None
+    padded = True  # compiled code cannot tell
     if torch.compiler.is_compiling():
         rows, weights, segment_starts, _, _, tiles = traced_routing(layer.lora_serving, ids.unsqueeze(-1))
     else:
@@ -25,7 +26,11 @@ def _add_rows(layer: AdaptedModule, y: Tensor, ids: Tensor, scale: Tensor | floa
         if routing is None:
             return y
         rows, weights, segment_starts, tiles = routing.rows, routing.weights, routing.segment_starts, routing.tiles
+        padded = routing.padded
     slots = pair_slots(segment_starts, rows)
+    padding = slots >= pool.num_slots if padded else None
+    if padded:
+        slots = slots.clamp_max(pool.num_slots - 1)
     rank = torch.arange(pool.max_rank, device=rows.device)
     tokens = ids.reshape(-1).to(columns.device)[rows]
     # Columns beyond a slot's rank may hold an earlier tenant's numbers; the op reads only slot_rank of them.
@@ -36,6 +41,8 @@ def _add_rows(layer: AdaptedModule, y: Tensor, ids: Tensor, scale: Tensor | floa
     )
     if scale is not None:
         delta = delta * scale
+    if padding is not None:
+        delta = delta.masked_fill(padding[:, None], -0.0)  # y + -0.0 has the bits of y
     flat = y.reshape(-1, y.shape[-1])
     delta = delta.to(y.device, y.dtype)
     return flat.index_add(0, rows.to(y.device), delta).view(y.shape)

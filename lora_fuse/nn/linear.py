@@ -37,7 +37,7 @@ def add_lora(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing, fresh: b
 
 
 def pair_slots(segment_starts: Tensor, rows: Tensor) -> Tensor:
-    """``[num_pairs]`` int64, the slot of each pair; traceable."""
+    """``[num_pairs]`` int64, the slot of each pair, ``num_slots`` where there is none (padding); traceable."""
     return torch.searchsorted(segment_starts[1:], torch.arange(rows.shape[0], device=rows.device), right=True)
 
 
@@ -52,10 +52,13 @@ def _negated(x: Tensor, y: Tensor, pool: AdapterPool, routing: Routing) -> Tenso
 def add_bias(y: Tensor, pool: AdapterPool, rows: Tensor, weights: Tensor | None, slots: Tensor) -> Tensor:
     """``y[row] += weight * scaling * lora_bias`` over the row's pairs, out of place."""
     assert pool.slot_bias is not None
+    padding = slots >= pool.num_slots
+    slots = slots.clamp_max(pool.num_slots - 1)
     scale = pool.slot_scaling[slots]
     if weights is not None:
         scale = scale * weights
     delta = pool.slot_bias[slots].float() * scale[:, None]  # [pairs, out_features]
+    delta = delta.masked_fill(padding[:, None], -0.0)  # y + -0.0 has the bits of y
     flat = y.reshape(-1, y.shape[-1])
     return flat.index_add(0, rows.to(y.device), delta.to(y.device, y.dtype)).view(y.shape)
 

@@ -54,21 +54,43 @@ def use_adapters(model: nn.Module, selection: SelectionLike) -> Iterator[None]:
             is refused by the forward, which says both lengths.
     """
     serving = attachment_of(model).serving
+    serving.slot_errors.check()
     context: Context = serving.enter(_parse(model, selection))
     try:
         yield
     finally:
         serving.leave(context)
+    serving.slot_errors.check()
 
 
 def set_adapters(model: nn.Module, selection: SelectionLike) -> None:
     """Set the model's default selection, seen by every thread that is not inside ``use_adapters``. Weights never
     change.
 
-    Args and Raises: as ``use_adapters``.
+    CUDA graphs captured under the model's default selection follow: their next replay computes with the new one, and
+    likewise after ``add_adapter``, ``swap_adapter`` and ``remove_adapter``. Graphs of other batch sizes than the
+    selection's compute base rows until it fits them again. See docs/cuda_graphs.md.
+
+    Args and Raises: as ``use_adapters``; also a ``ValueError`` if a graph was captured and the selection fits none (it
+        has another number of samples or tokens, mixes more adapters than ``attach`` was told, or names one with parts
+        that the graph lacks). Nothing is changed then.
     """
     serving = attachment_of(model).serving
-    serving.default = Context(_parse(model, selection))
+    serving.slot_errors.check()
+    serving.set_default(_parse(model, selection))
+
+
+def check(model: nn.Module) -> None:
+    """Wait for what devices still have to find out about tensors of slots, and raise it.
+
+    A selection that is a tensor on a GPU is not read back. A slot in it that is out of range or holds no adapter makes
+    its row a base row, and the ``ValueError`` comes at the next ``set_adapters``, ``use_adapters`` or forward once the
+    device has got that far, or here.
+
+    Raises:
+        ValueError: naming the first such row and its slot; or nothing is attached to ``model``.
+    """
+    attachment_of(model).serving.slot_errors.check(wait=True)
 
 
 def _parse(model: nn.Module, selection: SelectionLike) -> Selection:

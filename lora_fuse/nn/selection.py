@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_fuse.adapters.routing import Routing
+from lora_fuse.adapters.slab import SlabLayout
+from lora_fuse.nn.capture import mode_of
 from lora_fuse.nn.leases import SlotLease
 from lora_fuse.ops.eager import passing_tensors
 
@@ -31,8 +33,10 @@ class Selection:
         kind: one entry for all rows, an entry per sample, or a slot per token.
         entries: the distinct entries (one when uniform, none when per token).
         which: per sample, its index in ``entries``.
-        tokens: ``[num_tokens]`` int64 on the CPU, a private copy.
-        tenants: serial of the lease that each slot in ``tokens`` had when the selection was made.
+        tokens: ``[num_tokens]`` int64, a private copy: on the CPU, checked, or ``unread``.
+        tenants: serial of the lease that each slot in ``tokens`` had when the selection was made; that of every slot
+            where the tokens are unread.
+        unread: the tokens lie on a device, and nobody has waited for what they say.
     """
 
     kind: Literal["uniform", "samples", "tokens"]
@@ -40,6 +44,7 @@ class Selection:
     which: tuple[int, ...] = ()
     tokens: Tensor | None = None
     tenants: tuple[tuple[int, int], ...] = ()
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Published:
 
     leases: Mapping[str, SlotLease]
     heads: Mapping[str, frozenset[str]]  # adapter -> module paths that it brings a copy of
+    needs: Mapping[str, float] = field(default_factory=dict)  # adapter -> the structure that a graph has to know of
 
     def lease(self, name: str, argument: str = "selection") -> SlotLease:
         lease = self.leases.get(name)
@@ -113,8 +119,11 @@ def _parse_tokens(slots: Tensor, published: Published, num_slots: int) -> Select
             f"selection: a tensor of slots is 1-d int32, one slot per token, got {slots.dtype} with shape "
             f"{tuple(slots.shape)}"
         )
-    tokens = slots.detach().to("cpu", torch.int64, copy=True)
     tenants = {lease.index: lease.serial for lease in published.leases.values()}
+    if mode_of(slots.device):
+        unread = slots.detach().to(torch.int64, copy=True)
+        return Selection("tokens", (), (), unread, tuple(tenants.items()), unread=True)
+    tokens = slots.detach().to("cpu", torch.int64, copy=True)
     values = np.unique(tokens.numpy())
     for slot in values.tolist():
         if slot != -1 and slot not in tenants:
@@ -125,6 +134,24 @@ def _parse_tokens(slots: Tensor, published: Published, num_slots: int) -> Select
                 f"selection: row {row} asks for slot {slot}, which {what}; accepted are -1 (base) and {held}"
             )
     return Selection("tokens", (), (), tokens, tuple((slot, tenants[slot]) for slot in values.tolist() if slot != -1))
+
+
+def adapters_of(selection: Selection, published: Published) -> set[str]:
+    """Names of the adapters that rows may get."""
+    names = {name for entry in selection.entries for name, _ in entry}
+    serials = {serial for _, serial in selection.tenants}
+    return names | {name for name, lease in published.leases.items() if lease.serial in serials}
+
+
+def without_gone(selection: Selection, published: Published) -> Selection:
+    """The selection with base in place of entries that name a removed adapter and of slots that changed hands."""
+    entries = tuple(e if all(name in published.leases for name, _ in e) else () for e in selection.entries)
+    live = {(lease.index, lease.serial) for lease in published.leases.values()}
+    tokens, tenants = selection.tokens, tuple(t for t in selection.tenants if t in live)
+    if tokens is not None and not selection.unread:
+        kept = torch.tensor([slot for slot, _ in tenants], dtype=tokens.dtype)
+        tokens = torch.where(torch.isin(tokens, kept), tokens, -1)
+    return replace(selection, entries=entries, tokens=tokens, tenants=tenants)
 
 
 class Snapshot:
@@ -140,8 +167,8 @@ class Snapshot:
         ValueError: a name is no longer attached, a token's slot changed hands, or two heads would claim one sample.
     """
 
-    __slots__ = ("base", "batch_dim", "caches", "entries", "kind", "leases", "num_samples", "num_slots", "tokens",
-                 "which")  # fmt: skip
+    __slots__ = ("asked", "base", "batch_dim", "caches", "entries", "flag", "kind", "leases", "num_samples",
+                 "num_slots", "tokens", "which")  # fmt: skip
 
     entries: tuple[tuple[tuple[int, float], ...], ...]  # (slot, weight) pairs of each distinct entry
     which: tuple[int, ...]  # per sample, its index in `entries`
@@ -150,8 +177,9 @@ class Snapshot:
         self, selection: Selection, published: Published, num_slots: int, expand: int = 1, batch_dim: int = 0
     ) -> None:
         self.kind, self.num_slots, self.batch_dim = selection.kind, num_slots, batch_dim
-        self.caches: dict[int | None, dict[Any, Routing | None]] = {}
-        self.tokens = selection.tokens
+        self.caches: dict[int | None, dict[Any, Any]] = {}
+        self.tokens = self.asked = selection.tokens
+        self.flag: Tensor | None = None  # [1] int32 on a device: not zero if a slot in `asked` is refused
         if self.tokens is not None:
             self._resolve_tokens(selection, published)
             return
@@ -173,6 +201,12 @@ class Snapshot:
     def _resolve_tokens(self, selection: Selection, published: Published) -> None:
         assert self.tokens is not None
         by_slot = {lease.index: lease for lease in published.leases.values()}
+        self.num_samples, self.entries, self.which = int(self.tokens.shape[0]), (), ()
+        if selection.unread:
+            kept = [slot for slot, serial in selection.tenants if slot in by_slot and by_slot[slot].serial == serial]
+            self._resolve_unread(kept)
+            self.leases, self.base = tuple(by_slot[slot] for slot in kept), False
+            return
         for slot, serial in selection.tenants:
             if slot not in by_slot or by_slot[slot].serial != serial:
                 row = int((self.tokens == slot).nonzero()[0])
@@ -180,10 +214,30 @@ class Snapshot:
                     f"selection: row {row} asks for slot {slot}, whose adapter was swapped or removed since the "
                     "selection was made; read adapter_slots() again"
                 )
-        self.num_samples = int(self.tokens.shape[0])
         self.leases = tuple(by_slot[slot] for slot, _ in selection.tenants)
-        self.entries = self.which = ()
         self.base = not selection.tenants
+
+    def _resolve_unread(self, kept: list[int]) -> None:
+        """Refuse slots other than these and -1, where the tokens lie and without a wait: they become -1."""
+        assert self.tokens is not None
+        device = self.tokens.device
+        table = torch.zeros(self.num_slots + 2, dtype=torch.bool, pin_memory=device.type == "cuda")
+        table[[slot + 1 for slot in (-1, *kept)]] = True  # the last place is that of all slots out of range
+        place = torch.where(self.tokens < -1, self.num_slots, self.tokens).clamp(max=self.num_slots) + 1
+        good = table.to(device, non_blocking=True)[place]
+        self.tokens = torch.where(good, self.tokens, -1)
+        self.flag = good.logical_not().any().int().view(1)
+
+    def refused(self) -> Tensor:
+        """``[num_tokens]`` bool, which slots that were asked for became -1."""
+        assert self.tokens is not None
+        assert self.asked is not None
+        return self.tokens.ne(self.asked)
+
+    @property
+    def width(self) -> int:
+        """Most adapters of a row."""
+        return 1 if self.kind == "tokens" else max((len(entry) for entry in self.entries), default=0)
 
     def require_one_entry(self, path: str) -> None:
         """Raise ``ValueError`` unless every row gets the same: for modules that see rows in an order of their own."""
@@ -193,10 +247,11 @@ class Snapshot:
                 "select one entry for the whole batch"
             )
 
-    def cache(self, seq: int | None) -> dict[Any, Routing | None]:
+    def cache(self, seq: int | None) -> dict[Any, Any]:
         """Routings built so far for forwards of this sequence length (None: not known); None: no row has an adapter.
 
-        Keys are leading dimensions on the CPU (csrc/bindings.cpp looks there), ``(dimensions, device)`` elsewhere.
+        Keys are leading dimensions on the CPU (csrc/bindings.cpp looks there), ``(dimensions, device)`` elsewhere, and
+        other forms start with a word.
         """
         cache = self.caches.get(seq)
         if cache is None:
@@ -248,32 +303,33 @@ class Snapshot:
         """
         cache = self.cache(seq)
         key = shape if device.type == "cpu" else (shape, device)
-        routing = cache.get(key)
+        routing: Routing | None = cache.get(key)
         if routing is None:
             if not self.base:
                 routing = self._build(shape, device, seq, path)
             elif check or self.kind == "tokens":  # how many tokens there are, the outermost forward cannot tell
                 self.lead(shape, seq, path)
-            self._keep(cache, key, routing)
+            self.keep(cache, key, routing)
         return routing
 
     def explicit_routing(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
         """The same with no field None and no None for base: compiled code wants one form."""
         cache, key = self.cache(seq), ("explicit", shape, device)
-        routing = cache.get(key)
+        routing: Routing | None = cache.get(key)
         if routing is None:
             with torch.inference_mode(False), torch.no_grad():
                 routing = self._build(shape, device, seq, path).explicit()
-            self._keep(cache, key, routing)
+            self.keep(cache, key, routing)
         return routing
 
     @staticmethod
-    def _keep(cache: dict[Any, Routing | None], key: Any, routing: Routing | None) -> None:
-        if routing is not None and passing_tensors():
+    def keep(cache: dict[Any, Any], key: Any, built: Any) -> None:
+        """Put what was built for a forward into its ``cache``."""
+        if built is not None and passing_tensors():
             return
         if len(cache) >= _MAX_CACHED:
             cache.clear()
-        cache[key] = routing
+        cache[key] = built
 
     def _build(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
         lead = self.lead(shape, seq, path)
@@ -289,7 +345,13 @@ class Snapshot:
     def _routing(self, lead: tuple[int, int], device: torch.device) -> Routing:
         if self.tokens is None:
             return Routing.from_samples(self.entries, self.which, lead, self.num_slots, device, self.leases)
-        return Routing.from_slots(self.tokens.to(device), self.num_slots, self.leases)
+        flag = None if self.flag is None else self.flag.to(device)
+        return Routing.from_slots(self.tokens.to(device), self.num_slots, self.leases, flag)
+
+    def write(self, slab: Tensor, layout: SlabLayout, lead: tuple[int, int]) -> None:
+        """Put the routing of an input with this ``lead`` into a slab."""
+        device = slab.device if self.flag is not None else torch.device("cpu")
+        layout.write(slab, self._routing(lead, device))
 
 
 def _refuse_two_heads(entry: Entry, published: Published) -> None:

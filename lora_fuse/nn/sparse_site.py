@@ -181,7 +181,8 @@ class Call:
     fresh: bool
 
     def routing(self, lead: tuple[int, ...], device: torch.device) -> Routing | None:
-        return self.snapshot.routing(lead, device, self.seq, self.path, self.check)
+        routing = self.snapshot.routing(lead, device, self.seq, self.path, self.check)
+        return routing if routing is None else routing.exact()
 
 
 class SparseSite(AdaptedModule):

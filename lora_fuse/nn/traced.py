@@ -5,16 +5,23 @@ for the routing tensors, which then flow into ``multi_lora`` (and into the saved
 others. The outermost forward's hooks run outside of compiled code where ``torch.compile(model)`` puts them, and take
 the selection for the thread as ever. Where they are traced into a larger graph they pin it with a token instead: all
 layers, and their recomputation in a backward, see one snapshot.
+
+On a CPU the routing's tensors have the sizes that the selection makes. On a GPU they have one size for all selections
+(adapters/slab.py), so that inductor may capture the code into CUDA graphs (``mode="reduce-overhead"``): a captured op
+copies from the slab that later selections are written into.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters.slab import SlabLayout
+from lora_fuse.nn import capture
 from lora_fuse.nn.serving import BY_HANDLE, Serving, batch_size, check_batch
 from lora_fuse.ops._library import LIBRARY
 
@@ -26,6 +33,7 @@ LIBRARY.define(
     "current_routing(Tensor x, Tensor? token, int handle, bool one_entry)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+LIBRARY.define("current_slab(Tensor x, Tensor? token, int handle, bool one_entry) -> Tensor")
 
 
 def run_as_plain_python(function: Callable[..., Any]) -> None:
@@ -78,6 +86,19 @@ def _current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> t
     return copies
 
 
+def _current_slab(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> Tensor:
+    snapshot, seq = snapshot_of(token, handle)
+    if one_entry:
+        snapshot.require_one_entry("an attached expert")
+    # No slabs for captures are made in here: inductor's warm-up keeps count of what is allocated.
+    where = tuple(x.shape[:-1]), x.device
+    found = _serving(handle).slab(snapshot, seq, batch_of(token, handle), where, "an attached layer", grant=False)
+    copy = found.tensor.clone()
+    copy.untyped_storage().lora_leases = found.routing.leases  # type: ignore[attr-defined]  # views outlive the tensor
+    return copy
+
+
+run_as_plain_python(_current_slab)
 run_as_plain_python(_pin)  # where a graph broke, dynamo would look into the ops that run between its pieces
 run_as_plain_python(_current)
 
@@ -97,6 +118,16 @@ def _fake_current(x: Tensor, token: Tensor | None, handle: int, one_entry: bool)
     )
 
 
+def _fake_slab(x: Tensor, token: Tensor | None, handle: int, one_entry: bool) -> Tensor:
+    return x.new_empty(_layout(_serving(handle), x).size, dtype=torch.int32)
+
+
+def _layout(serving: Serving, x: Tensor) -> SlabLayout:
+    return SlabLayout(math.prod(x.shape[:-1]), serving.max_pairs, serving.physical_slots)
+
+
+LIBRARY.impl("current_slab", _current_slab, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fuse::current_slab", _fake_slab, lib=LIBRARY)
 LIBRARY.impl("pin_selection", _pin, "CompositeExplicitAutograd")
 LIBRARY.impl("current_routing", _current, "CompositeExplicitAutograd")
 torch.library.register_fake(
@@ -116,9 +147,13 @@ def unpin(serving: Serving) -> None:
 
 
 def traced_routing(serving: Serving, x: Tensor, one_entry: bool = False) -> tuple[Tensor, ...]:
-    """``(*Routing.tensors, Routing.tiles)`` of an input ``[..., features]``, read at run time; no tiles on a CPU.
+    """``(*Routing.tensors, Routing.tiles)`` of an input ``[..., features]``, read at run time; no tiles on a
+    CPU, padded on a GPU.
 
     Args:
         one_entry: refuse any selection but one entry for all rows.
     """
+    if x.device.type == "cuda" or capture.simulating:
+        slab = torch.ops.lora_fuse.current_slab(x.detach(), serving.token, serving.handle, one_entry)
+        return _layout(serving, x).split(slab)
     return torch.ops.lora_fuse.current_routing(x.detach(), serving.token, serving.handle, one_entry)

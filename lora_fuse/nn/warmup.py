@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fuse.adapters.routing import Routing
+from lora_fuse.adapters.slab import SlabLayout
 from lora_fuse.functional import multi_lora, sparse_delta_linear
 from lora_fuse.nn.attachment import Attachment, attachment_of
+from lora_fuse.nn.capture import mode_of
 from lora_fuse.nn.joint_site import JointSlots
 from lora_fuse.nn.sparse_site import LinearSlots
 
@@ -35,8 +37,8 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
     """
     if not isinstance(num_tokens, Sequence) or any(type(n) is not int or n < 0 for n in num_tokens):
         raise ValueError(f"num_tokens: got {num_tokens!r}, accepted is a sequence of integers from 0")
-    seen = set()
-    for op, pool, slots, sizes, like, columns in _parts(attachment_of(model)):
+    seen, attachment = set(), attachment_of(model)
+    for op, pool, slots, sizes, like, columns in _parts(attachment):
         kind = (op, sizes, like.dtype, like.device, columns)
         if kind in seen:
             continue
@@ -46,7 +48,13 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
             x, wide = (torch.zeros(rows, size, dtype=like.dtype, device=like.device) for size in (sizes[0], total))
             y = wide[:, start : start + sizes[1]]
             used = torch.tensor(slots, device=like.device)[torch.arange(rows, device=like.device) % len(slots)]
-            op(x, pool, Routing.from_slots(used, pool.num_slots), out=y)
+            routing = Routing.from_slots(used, pool.num_slots)
+            op(x, pool, routing, out=y)
+            if op is multi_lora and mode_of(like.device):  # captured forwards take kernels of their own
+                layout = SlabLayout(rows, attachment.serving.max_pairs, pool.num_slots)
+                slab = layout.empty(like.device)
+                layout.write(slab, routing)
+                op(x, pool, layout.routing(slab), out=y)
     return len(seen)
 
 

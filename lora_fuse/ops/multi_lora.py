@@ -26,6 +26,8 @@ LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}, {_TI
 
 def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
     pool, routing = args[:4], args[4:9]
+    if len(args) > 9 and args[9] is not None and args[9].shape[0]:
+        routing = without_padding(routing)
     out, x = kernel_views(out, x)
     threads = torch.get_num_threads()
     if _cpu.multi_lora(out, x, pool, routing, threads):
@@ -75,26 +77,44 @@ def _cuda_new(x: Tensor, *args: Any) -> Tensor:
     return out
 
 
-def build_tiles(segment_starts: Tensor, num_pairs: int) -> Tensor | None:
+def without_padding(routing: RoutingTensors) -> RoutingTensors:
+    """The pairs that are there, of a routing of fixed size (``Routing.padded``), which has tiles on every device.
+
+    Tensors of a routing without padding come back as they are.
+    """
+    rows, weights, segment_starts, row_starts, row_pairs = routing
+    live = int(segment_starts[-1]) if segment_starts.shape[0] else 0
+    if not 0 <= live < rows.shape[0]:
+        return routing
+    cut = (None if t is None else t[:live] for t in (weights, row_pairs))
+    weights, row_pairs = cut
+    return rows[:live], weights, segment_starts, row_starts, row_pairs
+
+
+def build_tiles(segment_starts: Tensor, num_pairs: int, out: Tensor | None = None) -> Tensor | None:
     """The tile list of a routing on a GPU, ``kernels.routing.build_tiles``; None where there is no Triton."""
     try:
         from lora_fuse.kernels import routing
     except ImportError:
         return None
-    return routing.build_tiles(segment_starts, num_pairs)
+    return routing.build_tiles(segment_starts, num_pairs, out)
 
 
-def sort_slots(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor] | None:
+def sort_slots(slots: Tensor, num_slots: int, flag: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """``(rows, segment_starts)`` of one slot per row on a GPU, with one wait for their number.
 
-    None where plain torch has to do it: there is no Triton, or a slot is out of range, which torch's way names.
+    With a ``flag`` there is no wait: a slot out of range raises it, and ``rows`` has an entry for every row, of which
+    the first ``segment_starts[-1]`` are there. None where plain torch has to do it: there is no Triton, or a slot is
+    out of range, which torch's way names.
     """
     try:
         from lora_fuse.kernels import routing
     except ImportError:
         return None
-    flag = torch.zeros(1, dtype=torch.int32, device=slots.device)
     narrow = slots.long().clamp(-2, num_slots).int()  # out of range stays out of range
+    if flag is not None:
+        return routing.sort_slots(narrow, num_slots, flag)
+    flag = torch.zeros(1, dtype=torch.int32, device=slots.device)
     rows, starts = routing.sort_slots(narrow, num_slots, flag)
     num_pairs, wrong = torch.cat([starts[-1:], flag]).tolist()
     return None if wrong else (rows[:num_pairs], starts)
@@ -157,8 +177,10 @@ def _composite_(
     tiles: Tensor | None = None,
 ) -> None:
     """Plain torch, a loop over slots: the path of devices and dtypes that have no kernel. fp32 sums, one rounding."""
-    pool = pool_a, pool_b, slot_rank, slot_scaling
-    _check_shapes(out, x, pool, (rows, weights, segment_starts, row_starts, row_pairs))
+    pool, routing = (pool_a, pool_b, slot_rank, slot_scaling), (rows, weights, segment_starts, row_starts, row_pairs)
+    _check_shapes(out, x, pool, routing)
+    if tiles is not None:
+        rows, weights, segment_starts, row_starts, row_pairs = without_padding(routing)
     starts, ranks = segment_starts.tolist(), slot_rank.tolist()
     _check_values(rows.shape[0], pool_a.shape[0] // slot_rank.shape[0], starts, ranks)
     dtype = torch.promote_types(x.dtype, torch.float32)

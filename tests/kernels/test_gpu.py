@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from cases import make_case, make_pool, pairs_of, routing_of
+from nn_models import Mlp, adapter, per_row
 
+import lora_fuse as lf
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.kernels import multi_lora as kernels
 
 pytestmark = pytest.mark.gpu
+PATHS = ("up", "down", "out")
 
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in FLOOR]
@@ -75,3 +81,103 @@ def test_graphs_replay_with_a_new_pool_and_new_rows():
     x.copy_(torch.randn(4, 512))
     graph.replay()
     assert torch.equal(y, multi_lora(x, pool, routing))
+
+
+class TestCapturedModels:
+    """A forward captured once follows everything that is selected, swapped, added or removed afterwards."""
+
+    def setup_method(self):
+        self.bare = Mlp().requires_grad_(False).cuda()
+        self.adapters = {n: adapter(Mlp(), PATHS, r) for n, r in (("a", 2), ("b", 5), ("c", 3))}
+        given = {n: self.adapters[n] for n in "ab"}
+        self.model = lf.attach(copy.deepcopy(self.bare), given, num_slots=3, max_rank=6)
+
+    def want(self, entries, x):
+        moved_to = {n: a.to(device="cuda") for n, a in self.adapters.items()}
+        return per_row(self.bare, moved_to, entries, x)
+
+    def capture(self, x):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(side):
+            self.model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = self.model(x)
+        return graph, y
+
+    def check(self, graph, y, entries, x):
+        graph.replay()
+        torch.testing.assert_close(y, self.want(entries, x), rtol=1e-4, atol=1e-4)
+
+    def test_selections_swaps_additions_and_removals(self):
+        x = torch.randn(3, 24, device="cuda")
+        graph, y = self.capture(x)
+        for entries in (["a", None, "b"], [{"a": 0.3, "b": 0.7}, "b", None], ["b"] * 3, [None] * 3):
+            lf.set_adapters(self.model, entries)
+            self.check(graph, y, entries, x)
+        lf.set_adapters(self.model, ["a", "b", None])
+        for rank in (6, 1, 3):
+            self.adapters["b"] = adapter(Mlp(), PATHS, rank)
+            lf.swap_adapter(self.model, "b", self.adapters["b"])
+            self.check(graph, y, ["a", "b", None], x)
+        lf.add_adapter(self.model, "c", self.adapters["c"])
+        lf.set_adapters(self.model, ["c", "a", "c"])
+        self.check(graph, y, ["c", "a", "c"], x)
+        lf.remove_adapter(self.model, "c")
+        self.check(graph, y, [None, "a", None], x)
+        with pytest.raises(ValueError, match="captured batch has 3"):
+            lf.set_adapters(self.model, ["a"])
+
+    def test_slots_on_the_device(self):
+        x, slots = torch.randn(3, 24, device="cuda"), lf.adapter_slots(self.model)
+        graph, y = self.capture(x)
+        tokens = torch.tensor([slots["b"], 99, slots["a"]], dtype=torch.int32, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            lf.set_adapters(self.model, tokens)
+            graph.replay()
+            with torch.no_grad(), contextlib.suppress(ValueError):  # the device may or may not have got there
+                self.model(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        with contextlib.suppress(ValueError):
+            lf.check(self.model)
+        lf.set_adapters(self.model, tokens)
+        self.check(graph, y, ["b", None, "a"], x)
+        with pytest.raises(ValueError, match=r"row 1 .* asked for slot 99"):
+            lf.check(self.model)
+
+    def test_no_warm_up(self):
+        x = torch.randn(3, 24, device="cuda")
+        self.capture(x)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="no buffers"), torch.no_grad(), torch.cuda.graph(graph):
+            self.model(x[:2])
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's, inside inductor
+    @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+    def test_compiled(self, mode, fresh_dynamo):
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        fast = torch.compile(self.model, fullgraph=True, mode=mode)
+        x = torch.randn(3, 24, device="cuda")
+        entries = [["a", None, "b"], ["a", "a", None], [{"a": 0.3, "b": 0.7}, "b", None], ["b"] * 3, [None] * 3]
+        for selection in entries * 2:
+            lf.set_adapters(self.model, selection)
+            with torch.no_grad():
+                torch.compiler.cudagraph_mark_step_begin()
+                got = fast(x).clone()
+            torch.testing.assert_close(got, self.want(selection, x), rtol=1e-4, atol=1e-4)
+        self.adapters["b"] = adapter(Mlp(), PATHS, 6)
+        lf.swap_adapter(self.model, "b", self.adapters["b"])
+        lf.set_adapters(self.model, ["b", "a", "b"])
+        with torch.no_grad():
+            torch.compiler.cudagraph_mark_step_begin()
+            got = fast(x).clone()
+        torch.testing.assert_close(got, self.want(["b", "a", "b"], x), rtol=1e-4, atol=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["inductor"]["cudagraph_skips"]
+        if mode == "reduce-overhead":
+            assert self.model.up.lora_serving.default.fixed.captured

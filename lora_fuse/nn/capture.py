@@ -1,0 +1,44 @@
+"""Whether a forward is being captured into a CUDA graph, or may be a warm-up for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Mode = Literal["", "gpu", "warm", "capture"]
+
+simulated: Mode = ""  # what the CPU passes for; for tests
+simulating = False  # compiled code reads this one: it does not tell one mode from another
+
+
+def mode_of(device: torch.device) -> Mode:
+    """``capture``: a graph is being captured. ``warm``: the stream is not the default one, so that a capture may
+    follow: torch asks for a warm-up on a side stream. ``gpu``: neither. Nothing for a CPU.
+    """
+    if device.type != "cuda":
+        return simulated if device.type == "cpu" else ""
+    with torch.cuda.device(device):
+        if capturing():
+            return "capture"
+        return "warm" if torch.cuda.current_stream() != torch.cuda.default_stream() else "gpu"
+
+
+def capturing() -> bool:
+    """Whether the current stream's work is being captured into a graph."""
+    if simulated == "capture":
+        return True
+    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def simulate(mode: Mode) -> Iterator[None]:
+    """Let the CPU pass for a GPU."""
+    global simulated, simulating
+    before, simulated, simulating = (simulated, simulating), mode, True
+    try:
+        yield
+    finally:
+        simulated, simulating = before
