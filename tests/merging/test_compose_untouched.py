@@ -201,7 +201,7 @@ DORA = replace(GOOD["a"].layers["mix"], magnitude=torch.ones(12))
         ),
         ({"loss_fn": lambda m, b: None}, TypeError, "loss_fn: expected a scalar tensor, got NoneType at step 0"),
         ({"loss_fn": lambda m, b: m(b[0])}, ValueError, r"loss_fn: expected a scalar, got .*\(5, 4\) at step 0"),
-        ({"loss_fn": lambda m, b: m(b[0]).sum() * 1j}, ValueError, "loss_fn: expected a real scalar, got torch.complex64"),
+        ({"loss_fn": lambda m, b: m(b[0]).sum() * 1j}, ValueError, "loss_fn: expected a real scalar, got torch.comp"),
         ({"loss_fn": lambda m, b: m(b[0]).mean() * torch.nan}, ValueError, "a finite loss, got nan at step 0"),
         ({"loss_fn": lambda m, b: m(b[0]).mean().detach()}, ValueError, "loss_fn: the loss does not depend on the wei"),
         (
