@@ -27,6 +27,7 @@ from lora_fuse.merging.terms import (
     refuse_absolute,
 )
 from lora_fuse.merging.update import accumulation_dtype, dora_scale, stacked_factors
+from lora_fuse.nn.joint_site import JointSlots
 from lora_fuse.nn.sparse_site import SiteSlots
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -147,7 +148,8 @@ def _refuse_sparse(model: nn.Module) -> None:
     for path, module in model.named_modules():
         attachment = module.__dict__.get("lora_attachment")
         slots = module._modules.get("lora_sparse")
-        if (attachment is not None and attachment.tasks) or (isinstance(slots, SiteSlots) and slots.filled):
+        absolute = isinstance(slots, SiteSlots) and not isinstance(slots, JointSlots)  # joint adapters are deltas
+        if (attachment is not None and attachment.tasks) or (absolute and slots.filled):
             raise ValueError(
                 f"model: sparse adapters are attached{f' at {path}' if path else ''}, and they belong to these very "
                 "weights; detach (or remove_adapter) them first"

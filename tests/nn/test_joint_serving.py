@@ -253,3 +253,19 @@ def test_refusals() -> None:
     lf.attach(model, bank.adapters)
     with pytest.raises(ValueError, match="'j0' is no sparse adapter"):
         lf.switch_task(model, "j0")
+
+
+def test_fuse_beneath_joint_adapters() -> None:
+    """They are deltas, unlike sparse adapters, so they may ride on fused weights."""
+    torch.manual_seed(2)
+    model = Mlp()
+    bare = copy.deepcopy(model)
+    bank, lora = bank_for(model), nn_models.adapter(model, ["up", "out"], 4)
+    lf.attach(model, bank.adapters)
+    lf.fuse(model, [lora])
+    x = torch.randn(3, 24)
+    both = lf.fuse(copy.deepcopy(bare), [lora, bank.to_adapter("j0")])
+    with torch.no_grad():
+        with lf.use_adapters(model, "j0"):
+            torch.testing.assert_close(model(x), both(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(lf.unfuse(model)(x), bare(x))
