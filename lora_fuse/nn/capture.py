@@ -20,10 +20,10 @@ def mode_of(device: torch.device) -> Mode:
     """
     if device.type != "cuda":
         return simulated if device.type == "cpu" else ""
-    with torch.cuda.device(device):
-        if capturing():
-            return "capture"
-        return "warm" if torch.cuda.current_stream() != torch.cuda.default_stream() else "gpu"
+    # Every layer asks, so this makes no Stream objects; the default stream is null.
+    if not torch._C._cuda_getCurrentRawStream(device.index or 0):
+        return "gpu"
+    return "capture" if torch.cuda.is_current_stream_capturing() else "warm"
 
 
 def capturing() -> bool:

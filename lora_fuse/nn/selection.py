@@ -204,7 +204,8 @@ class Snapshot:
         self.num_samples, self.entries, self.which = int(self.tokens.shape[0]), (), ()
         if selection.unread:
             kept = [slot for slot, serial in selection.tenants if slot in by_slot and by_slot[slot].serial == serial]
-            self._resolve_unread(kept)
+            with torch.inference_mode(False), torch.no_grad():  # later forwards may be of another mode
+                self._resolve_unread(kept)
             self.leases, self.base = tuple(by_slot[slot] for slot in kept), False
             return
         for slot, serial in selection.tenants:

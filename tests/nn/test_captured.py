@@ -38,9 +38,9 @@ def model(bare: Mlp, adapters: dict[str, Any]) -> Any:
     return lf.attach(copy.deepcopy(bare), {n: adapters[n] for n in "ab"}, num_slots=3, max_rank=6)
 
 
-def captured(model: nn.Module, x: Tensor) -> Graph:
+def captured(model: nn.Module, x: Tensor, mode: Any = torch.no_grad) -> Graph:
     """As users capture: a warm-up on a side stream, then the capture."""
-    with torch.no_grad():
+    with mode():
         with capture.simulate("warm"):
             warm = model(x)
         graph = Graph(lambda: model(x))
@@ -63,16 +63,18 @@ SELECTIONS: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("first", SELECTIONS[:5], ids=str)
-def test_replays_follow_the_selection(model: Any, bare: Mlp, adapters: Any, first: Any) -> None:
+def test_replays_follow_the_selection(model: Any, bare: Mlp, adapters: Any, first: Any, mode: Any) -> None:
     x = torch.randn(3, 4, 24)
     lf.set_adapters(model, first)
-    graph = captured(model, x)
+    graph = captured(model, x, mode)
     for selection in SELECTIONS:
         lf.set_adapters(model, selection)
         x.normal_()
         entries = selection if isinstance(selection, list) else [selection] * 3
-        got = graph.replay().clone()
+        with mode():
+            got = graph.replay().clone()
         close(got, per_row(bare, adapters, entries, x))
         base = [i for i, entry in enumerate(entries) if entry is None]
         assert torch.equal(got[base], bare(x)[base])
@@ -297,6 +299,18 @@ def test_packed_siblings() -> None:
 class TestUnreadSlots:
     """A tensor of slots on a device is not read back; what is wrong in it comes out later."""
 
+    def test_in_inference_mode_and_after_it(self, model: Any, bare: Mlp, adapters: Any) -> None:
+        x, slots = torch.randn(2, 24), lf.adapter_slots(model)
+        want = per_row(bare, adapters, ["b", "a"], x)
+        with capture.simulate("gpu"):
+            with torch.inference_mode():
+                lf.set_adapters(model, torch.tensor([slots["b"], slots["a"]], dtype=torch.int32))
+                close(model(x), want)
+            close(model(x.view(2, 1, 24)).view(2, 10), want)
+            y = model(x.clone().requires_grad_())
+            y.sum().backward()
+            close(y.detach(), want)
+
     def test_rows_get_their_slots(self, model: Any, bare: Mlp, adapters: Any) -> None:
         x, slots = torch.randn(2, 3, 24), lf.adapter_slots(model)
         entries = ["a", None, "b", "b", "a", None]
@@ -389,6 +403,19 @@ def test_warmup_runs_what_captured_forwards_run(model: Any, monkeypatch: pytest.
     with capture.simulate("gpu"):
         assert lf.warmup(model, (1, 8)) == 3
     assert padded == [False, True] * 6
+
+
+def test_how_a_stream_tells_what_a_forward_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, capturing = 0, False
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    device = torch.device("cuda", 0)
+    assert capture.mode_of(device) == "gpu"
+    stream = 1
+    assert capture.mode_of(device) == "warm"
+    capturing = True
+    assert capture.mode_of(device) == "capture"
+    assert capture.mode_of(torch.device("cpu")) == capture.mode_of(torch.device("meta")) == ""
 
 
 def test_bad_max_pairs(bare: Mlp) -> None:
