@@ -117,8 +117,8 @@ def sparsifying(at: Setting) -> tuple[str, str]:
 def svd(at: Setting) -> tuple[str, str]:
     rows = bench_svd.bench(at.size, at.seconds(15.0, 2.0))
     return (
-        f"The {bench_svd.RANK} largest directions of a {at.size} x {at.size} matrix (the floor is its products alone, all in fp32; "
-        f"torch.linalg.svd of the flat one: {rows[0]['full_us'] / 1e6:.1f} s, "
+        f"The {bench_svd.RANK} largest directions of a {at.size} x {at.size} matrix (the floor is its products alone, "
+        f"all in fp32; torch.linalg.svd of the flat one: {rows[0]['full_us'] / 1e6:.1f} s, "
         f"{rows[0]['full_us'] / rows[0]['us']['lora_fuse, power_iters=2']:.0f}x ours):\n\n" + tables.svds(rows)
     ), ""
 
