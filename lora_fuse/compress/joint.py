@@ -25,7 +25,7 @@ from lora_fuse.merging.terms import (
     check_finite,
     layer_terms,
     load_sources,
-    warn_about_bases,
+    refuse_other_bases,
 )
 
 Form = Literal["full", "diagonal"]
@@ -184,7 +184,7 @@ def joint_compress(
         _refuse(name, adapter)
     grouped = layer_terms(terms)
     check_finite(terms)
-    warn_about_bases(terms)
+    refuse_other_bases(terms)
     names = {repr(name): i for i, name in enumerate(sources)}
     members = {path: torch.tensor([names[part.name] for part in parts]) for path, parts in grouped.items()}
     labels = torch.zeros(len(sources), dtype=torch.int64)

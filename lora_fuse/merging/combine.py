@@ -30,7 +30,7 @@ from lora_fuse.merging.terms import (
     layer_terms,
     make_terms,
     refuse_absolute,
-    warn_about_bases,
+    refuse_other_bases,
 )
 from lora_fuse.merging.weights import WeightSource
 
@@ -195,7 +195,7 @@ def merge(
         RuntimeError: an SVD that converges in no way.
 
     Warns:
-        UserWarning: the adapters' configs name different base models.
+        UserWarning: the adapters' configs name one base model in two places.
     """
     options = Options(
         rank=rank,
@@ -250,7 +250,7 @@ def merge_adapters(
     saved = combine_saved(active, modules_to_save)
     base_weights = combine_base_weights(active)
     check_finite(active)
-    warn_about_bases(active)
+    refuse_other_bases(active)
     if how.prepare is not None:
         options = how.prepare(terms, grouped, options)
 

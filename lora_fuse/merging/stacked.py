@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fuse.adapters.lora import LoraAdapter, LoraLayer
-from lora_fuse.merging.terms import Term, load_sources, warn_about_bases
+from lora_fuse.merging.terms import Term, load_sources, refuse_other_bases
 from lora_fuse.nn import bypass
 from lora_fuse.nn.plan import plan
 from lora_fuse.nn.select import use_adapters
@@ -200,7 +200,7 @@ def make_stack(model: nn.Module, adapters: Any, what: str, apart: bool = False) 
     Raises:
         TypeError, ValueError: no adapters by name, or one that does not fit the model or cannot be weighted.
     Warns:
-        UserWarning: the adapters' configs name different base models.
+        UserWarning: the adapters' configs name one base model in two places.
     """
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters: expected a dict of names to adapters, got {type(adapters).__name__}")
@@ -212,5 +212,5 @@ def make_stack(model: nn.Module, adapters: Any, what: str, apart: bool = False) 
                 f"adapter {name!r}: uses DoRA (layer {dora!r}), whose update is not linear in a weight, so {what} "
                 "cannot weigh it; fuse it into a copy of the model and give the plain LoRA of the difference"
             )
-    warn_about_bases([Term(repr(name), adapter, 1.0) for name, adapter in loaded.items()])
+    refuse_other_bases([Term(repr(name), adapter, 1.0) for name, adapter in loaded.items()])
     return Stack(model, {name: replace(a, modules_to_save={}) for name, a in loaded.items()}, apart)

@@ -180,6 +180,28 @@ def check_finite(terms: Iterable[Term]) -> None:
                 raise ValueError(f"adapter {term.name}, layer {path!r}: scaling is {layer.scaling}")
 
 
+def refuse_other_bases(terms: Sequence[Term]) -> None:
+    """ValueError if the adapters' configs name different base models; the same name in two places only warns."""
+    first: tuple[str, Term] | None = None
+    for term in terms:
+        base = str(term.adapter.config.get("base_model_name_or_path") or "")
+        if not base:
+            continue
+        if first is None:
+            first = base, term
+        elif _last_part(base) != _last_part(first[0]):
+            raise ValueError(
+                f"adapters {first[1].name} and {term.name} were made for different base models, {first[0]!r} and "
+                f"{base!r}, so their deltas do not add up; if that is one model under two names, give both configs the "
+                "same base_model_name_or_path"
+            )
+    warn_about_bases(terms)
+
+
+def _last_part(base: str) -> str:
+    return base.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+
+
 def warn_about_bases(terms: Sequence[Term]) -> None:
     """Warn if the adapters name different base models: a copy under another name is common, so it is no error."""
     bases: dict[str, str] = {}
@@ -190,7 +212,7 @@ def warn_about_bases(terms: Sequence[Term]) -> None:
     if len(bases) > 1:
         listed = ", ".join(f"{base!r} (adapter {name})" for base, name in bases.items())
         # Past merge and its no_grad wrapper, to the line that called it.
-        warnings.warn(f"the adapters name different base models: {listed}", UserWarning, stacklevel=4)
+        warnings.warn(f"the adapters name different base models: {listed}", UserWarning, stacklevel=5)
 
 
 def refuse_absolute(terms: Sequence[Term], what: str, alone: bool = True) -> None:

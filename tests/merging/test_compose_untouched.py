@@ -248,10 +248,13 @@ def test_an_iterator_that_lasts_is_fine_and_progress_goes_to_stderr(capfd: pytes
     assert capfd.readouterr().out == ""
 
 
-def test_different_bases_warn() -> None:
+def test_different_bases() -> None:
     model = Net()
     other = replace(GOOD["b"], config={**GOOD["b"].config, "base_model_name_or_path": "other"})
-    with pytest.warns(UserWarning, match="'net' .*'other'") as caught:
+    with pytest.raises(ValueError, match="different base models, 'net' and 'other'"):
+        lf.learn_composition(model, {"a": GOOD["a"], "b": other}, cross_entropy, batches(), steps=1)
+    other = replace(GOOD["b"], config={**GOOD["b"].config, "base_model_name_or_path": "org/net"})
+    with pytest.warns(UserWarning, match="'net' .*'org/net'") as caught:
         lf.learn_composition(model, {"a": GOOD["a"], "b": other}, cross_entropy, batches(), steps=1)
     assert caught[0].filename == __file__
 

@@ -193,12 +193,17 @@ def test_base_weights_must_agree() -> None:
         lf.merge([a, replace(b, base_weights={"emb": weight + 1})])
 
 
-def test_different_bases_warn() -> None:
+def test_different_bases() -> None:
+    """Another model is refused, the same name in another place may be a copy."""
     a, b = make_adapter({"lin": 2}), make_adapter({"lin": 2})
     a = replace(a, config={**a.config, "base_model_name_or_path": "org/one"})
     b = replace(b, config={**b.config, "base_model_name_or_path": "org/two"})
-    with pytest.warns(UserWarning, match=r"'org/one' \(adapter 'x'\), 'org/two' \(adapter 'y'\)"):
+    with pytest.raises(ValueError, match="adapters 'x' and 'y' were made for different base models, 'org/one' and"):
         lf.merge({"x": a, "y": b})
+    b = replace(b, config={**b.config, "base_model_name_or_path": "/models/One/"})
+    with pytest.warns(UserWarning, match=r"'org/one' \(adapter 'x'\), '/models/One/' \(adapter 'y'\)") as caught:
+        lf.merge({"x": a, "y": b})
+    assert caught[0].filename == __file__
 
 
 def _spoilt(**changes: Any) -> lf.LoraAdapter:
