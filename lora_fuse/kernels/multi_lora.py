@@ -9,7 +9,6 @@ several pairs take a third launch, which adds up all of a row's pairs before it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fuse.kernels.configs import Plan, plan
+from lora_fuse.kernels.launch import Launch
 from lora_fuse.kernels.routing import TILE_FIELDS
 
 
@@ -212,28 +212,6 @@ def _mix_kernel(
     y_at = y + row * y_stride + offs_n
     prior = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_at, (prior + total).to(y.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, its grid and its arguments in the kernel's order; constexprs by name."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None  # of a thread
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True} | (
-            {"maxnreg": self.max_registers} if self.max_registers else {}
-        )
-
-    def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constexprs, **self.options)
 
 
 def launches(

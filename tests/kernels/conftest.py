@@ -6,8 +6,16 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 for room in ("ops", "nn"):  # the oracle and the pools of the CPU op's tests; models and the stand-in for a CUDA graph
     sys.path.insert(0, str(Path(__file__).parent.parent / room))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = ["test_aot.py"] if INTERPRETED else ["test_interpreted.py", "test_padded.py"]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton cache for this test alone, so that what it compiles is compiled now."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", os.fspath(tmp_path / "triton"))
