@@ -41,7 +41,7 @@ bench: $(STAMP)
 	$(PY) -m benchmarks
 
 bench-gpu: $(STAMP)
-	$(PY) -m benchmarks.bench_gpu
+	$(PY) -m benchmarks.gpu
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache lora_fuse/_cpu*.so

@@ -1,0 +1,15 @@
+"""Benchmarks on a GPU: ``python -m benchmarks.gpu``, a part a module.
+
+A part is a module of this package, named in ``PARTS``, with
+
+- ``check()``: every way against fp64; raises SystemExit if one is wrong. Runs on the card where there is one, else at
+  tiny sizes in Triton's CPU interpreter (``measure.device()`` tells).
+- ``run(at: measure.Setting) -> list[dict]``: times, prints a line a shape (``report.show``), returns the rows
+  (``report.row``). Asks ``at.budget.over(shape)`` before each shape, most important shapes first. Has to run on the CPU
+  at tiny sizes too, where times mean nothing: that is how it is tested.
+- ``targets(rows) -> list[dict]``: what was aimed at beside what was measured (``report.target``); may be empty.
+"""
+
+PARTS: dict[str, float] = {  # and each one's share of the time
+    "multi_lora": 4.0,
+}

@@ -1,0 +1,77 @@
+"""Benchmarks on a GPU: ``make bench-gpu``, one run of under 8 minutes.
+
+Every part checks all of its ways against fp64, then times them under CUDA graphs over 32 copies of the data,
+interleaved, medians. A part that is wrong is not timed. Each part has a share of the time; what did not fit is named.
+Where there is no card, ``TRITON_INTERPRET=1 python -m benchmarks.gpu --dry`` sees that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+import traceback
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import PARTS, measure, report
+
+SECONDS = 450.0  # for all parts together
+
+
+def run_part(name: str, seconds: float, quick: bool, bandwidth: float) -> dict[str, Any]:
+    """One part, checked, timed and held against its targets; what goes wrong in it is told and ends it alone."""
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    made: dict[str, Any] = {"commit": report.commit(), "versions": report.versions(), "copy_bytes_per_s": bandwidth}
+    made |= {"rows": [], "targets": [], "left_out": [], "failed": None}
+    try:
+        part = importlib.import_module(f"benchmarks.gpu.{name}")
+        with torch.no_grad():
+            part.check()
+            print(f"[{name}] all ways are right ({time.perf_counter() - started:.0f} s)", flush=True)
+            budget = measure.Budget(seconds - (time.perf_counter() - started), made["left_out"])
+            made["rows"] = part.run(measure.Setting(bandwidth, budget, quick))
+            made["targets"] = part.targets(made["rows"])
+    except (Exception, SystemExit) as problem:
+        traceback.print_exc()
+        made["failed"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    for aimed in made["targets"]:
+        print(f"[{name}] {report.told(aimed)}")
+    if made["left_out"]:
+        print(f"[{name}] left out for want of time: {', '.join(made['left_out'])}")
+    made["seconds"] = round(time.perf_counter() - started, 1)
+    print(f"[{name}] {made['seconds']:.0f} s{', FAILED: ' + made['failed'] if made['failed'] else ''}", flush=True)
+    return made
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure, of %(default)s")
+    parser.add_argument("--quick", action="store_true", help="the shapes that matter most")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together; %(default)s")
+    parser.add_argument("--dry", action="store_true", help="without a card: tiny shapes, nothing is written")
+    args = parser.parse_args(given)
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"--only: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if not args.dry and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is at hand; TRITON_INTERPRET=1 and --dry see that everything runs")
+    deadline = time.perf_counter() + args.seconds
+    bandwidth, card = measure.copy_bandwidth(), report.card()
+    print(f"{card}; {report.versions()}; copies at {bandwidth / 1e12:.2f} TB/s", flush=True)
+    parts: dict[str, Any] = {}
+    for i, name in enumerate(names):
+        share = PARTS[name] / sum(PARTS[n] for n in names[i:])
+        parts[name] = run_part(name, (deadline - time.perf_counter()) * share, args.quick, bandwidth)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not args.dry:  # after each part: a fault of the card ends the process
+            print(f"written to {report.keep(card, parts)}", flush=True)
+    if failed := [name for name in names if parts[name]["failed"]]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Rows of results: made, shown, and kept under ``benchmarks/results/`` as JSON and as tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+OURS = "lora_fuse"
+
+
+def row(
+    op: str,
+    shape: str,
+    us: Mapping[str, float],
+    nbytes: float,
+    bandwidth: float,
+    base: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One shape's results.
+
+    Args:
+        us: microseconds of a call by way; ours is called ``lora_fuse`` (and ours with the base, if there is one,
+            ``lora_fuse + base``; likewise for the others).
+        nbytes: what has to move at least.
+        bandwidth: of a copy on this device.
+        base: the way in ``us`` that overheads are counted over.
+        more: kept in the row as it is.
+    """
+    made: dict[str, Any] = {"op": op, "shape": shape, "us": dict(us), "bytes": nbytes, **more}
+    made["floor_us"] = nbytes / bandwidth * 1e6
+    made["gb_per_s"] = {n: nbytes / t / 1e3 for n, t in us.items() if n != base and not n.endswith(" + base")}
+    made["of_bandwidth"] = {n: g * 1e9 / bandwidth for n, g in made["gb_per_s"].items()}
+    if base is not None:
+        ends = " + base"
+        made["overhead"] = {n.removesuffix(ends): t / us[base] - 1 for n, t in us.items() if n.endswith(ends)}
+    return made
+
+
+def line(made: Mapping[str, Any]) -> str:
+    """A row for reading: each way's time, share of the bandwidth and overhead over the base."""
+    cells = []
+    for name, t in made["us"].items():
+        if name.endswith(" + base"):
+            continue
+        share = made["of_bandwidth"].get(name)
+        over = made.get("overhead", {}).get(name)
+        cells.append(
+            f"{name} {t:.1f}" + (f" {share:.0%}" if share is not None else "") + (f" {over:+.1%}" if over else "")
+        )
+    return f"{made['op']} {made['shape']}: floor {made['floor_us']:.1f} us | " + " | ".join(cells)
+
+
+def show(made: Mapping[str, Any]) -> None:
+    print(line(made), flush=True)
+
+
+def target(name: str, limit: float, measured: float | None, at_least: bool = False) -> dict[str, Any]:
+    """What was aimed at and what came of it; ``measured`` None: its shapes were left out."""
+    met = None if measured is None else bool(measured >= limit if at_least else measured <= limit)
+    return {"name": name, "limit": limit, "measured": measured, "at_least": at_least, "met": met}
+
+
+def told(aimed: Mapping[str, Any]) -> str:
+    measured = "not measured" if aimed["measured"] is None else f"{aimed['measured']:.3g}"
+    verdict = {None: "-", True: "met", False: "MISSED"}[aimed["met"]]
+    return f"{aimed['name']}: {'>=' if aimed['at_least'] else '<='} {aimed['limit']:.3g} / {measured} / {verdict}"
+
+
+def commit() -> str:
+    """Of this checkout; a copy without git may be told by LORA_FUSE_COMMIT."""
+    if given := os.environ.get("LORA_FUSE_COMMIT"):
+        return given
+    here = Path(__file__).parent
+    try:
+        said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return said.stdout.strip() or "unknown"
+
+
+def card() -> str:
+    if not torch.cuda.is_available():
+        return "no card: in Triton's CPU interpreter times mean nothing"
+    return torch.cuda.get_device_name()
+
+
+def versions() -> dict[str, str]:
+    """Of what drives the card."""
+    import triton
+
+    made = {"torch": torch.__version__, "triton": triton.__version__, "Python": platform.python_version()}
+    if not torch.cuda.is_available():
+        return made
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        driver = "unknown"
+    return {"driver": driver, **made}
+
+
+def keep(card: str, parts: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``<card>.json`` and ``<card>.md``; parts measured before and not now stay, with the commit they are of.
+
+    Args:
+        parts: by name ``{commit, versions, copy_bytes_per_s, rows, targets, left_out, failed}``.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{card.replace(' ', '_')}.json"
+    before = json.loads(path.read_text())["parts"] if path.exists() else {}
+    results = {"card": card, "parts": {**before, **parts}}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables(results))
+    return path
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """All parts as Markdown."""
+    out = [f"# {results['card']}", "", "Written by `make bench-gpu`.", ""]
+    for name, part in results["parts"].items():
+        bandwidth = part["copy_bytes_per_s"] / 1e12
+        versions = ", ".join(f"{n} {v}" for n, v in part["versions"].items())
+        out += [f"## {name}", "", f"Commit {part['commit']}, {versions}; a copy moves {bandwidth:.2f} TB/s.", ""]
+        if part.get("failed"):
+            out += [f"Failed: {part['failed']}", ""]
+        if part["targets"]:
+            out += ["| target | limit | measured | |", "| --- | --- | --- | --- |"]
+            for aimed in part["targets"]:
+                at, measured, verdict = told(aimed).removeprefix(f"{aimed['name']}: ").split(" / ")
+                out.append(f"| {aimed['name']} | {at} | {measured} | {verdict} |")
+            out.append("")
+        if part["rows"]:
+            out += _table(part["rows"])
+        if part["left_out"]:
+            out += [f"Left out for want of time: {', '.join(part['left_out'])}.", ""]
+    return "\n".join(out)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Microseconds, share of the copy bandwidth, overhead over the base, a column a way."""
+    names = list(dict.fromkeys(n for r in rows for n in r["us"] if not n.endswith(" + base")))
+    out = [
+        "Cells: microseconds, GB/s, share of the copy bandwidth, overhead over the base.",
+        "",
+        f"| shape | floor us | {' | '.join(names)} |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    for r in rows:
+        cells = []
+        for name in names:
+            if name not in r["us"]:
+                cells.append("")
+                continue
+            cell = f"{r['us'][name]:.1f}"
+            if name in r["gb_per_s"]:
+                cell += f", {r['gb_per_s'][name]:.0f}, {r['of_bandwidth'][name]:.0%}"
+            if name in r.get("overhead", {}):
+                cell += f", {r['overhead'][name]:+.1%}"
+            cells.append(cell)
+        out.append(f"| {r['op']} {r['shape']} | {r['floor_us']:.1f} | {' | '.join(cells)} |")
+    return [*out, ""]

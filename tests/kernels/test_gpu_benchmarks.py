@@ -1,0 +1,76 @@
+"""``python -m benchmarks.gpu``: every part runs, at tiny sizes; what is wrong is not timed; results kept by part."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from benchmarks.gpu import PARTS, measure, multi_lora, report
+from benchmarks.gpu.__main__ import main, run_part
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="on CPU tensors kernels run in the interpreter only"
+)
+
+
+@interpreted
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_runs(name):
+    made = run_part(name, 60.0, True, 1e9)
+    assert made["failed"] is None
+    assert made["rows"]
+    assert not made["left_out"]
+    for row in made["rows"]:
+        assert report.OURS in row["us"]
+    assert report.tables({"card": "x", "parts": {name: made}})
+
+
+@interpreted
+def test_a_part_that_is_wrong_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(multi_lora, "mm_loop", lambda x, y, pool, groups: y.add_(1e-2))
+    with pytest.raises(SystemExit, match="failed: multi_lora"):
+        main(["--dry", "--only", "multi_lora", "--quick"])
+    said = capsys.readouterr().out
+    assert "mm loop: error" in said
+    assert "floor" not in said
+
+
+def test_a_budget_that_is_spent_names_what_it_left_out():
+    budget = measure.Budget(0.0)
+    assert budget.over("a")
+    assert budget.over("b")
+    assert budget.left_out == ["a", "b"]
+    assert not measure.Budget(60.0).over("c")
+
+
+def test_an_error_that_is_not_a_number_is_refused():
+    want = torch.ones(3)
+    assert measure.require("x", want, want, 0.0) == 0.0
+    for got in (want + 0.1, want * torch.nan):
+        with pytest.raises(SystemExit, match="x: error"):
+            measure.require("x", got, want, 0.05)
+
+
+def test_results_are_kept_by_part(tmp_path):
+    def part(commit, us):
+        row = report.row("op", "s", {report.OURS: us, "lora_fuse + base": 3 * us, "base": 2.0}, 1e6, 1e12, "base")
+        aimed = [report.target("t", 1.0, us), report.target("u", 1.0, None, at_least=True)]
+        made = {"commit": commit, "versions": {"torch": "1"}, "copy_bytes_per_s": 1e12}
+        return made | {"rows": [row], "targets": aimed, "left_out": ["z"], "failed": None}
+
+    report.keep("A card", {"p": part("one", 2.0), "q": part("one", 1.0)}, tmp_path)
+    path = report.keep("A card", {"p": part("two", 0.5)}, tmp_path)
+    kept = json.loads(path.read_text())
+    assert path.name == "A_card.json"
+    assert [kept["parts"][name]["commit"] for name in "pq"] == ["two", "one"]
+    row = kept["parts"]["p"]["rows"][0]
+    assert row["gb_per_s"] == {"lora_fuse": 2000.0}
+    assert row["overhead"] == {"lora_fuse": -0.25}
+    text = path.with_suffix(".md").read_text()
+    for said in ("| t | <= 1 | 0.5 | met |", "| t | <= 1 | 1 | met |", "| u | >= 1 | not measured | - |"):
+        assert said in text
+    assert "| op s | 1.0 | 0.5, 2000, 200%, -25.0% | 2.0 |" in text
+    assert "Left out for want of time: z." in text
