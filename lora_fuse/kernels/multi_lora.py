@@ -9,6 +9,7 @@ several pairs take a third launch, which adds up all of a row's pairs before it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fuse.kernels.configs import Plan, plan
+from lora_fuse.kernels.configs import Expand, Plan, plan
 from lora_fuse.kernels.launch import Launch
 from lora_fuse.kernels.routing import TILE_FIELDS
 
@@ -79,7 +80,7 @@ def _shrink_kernel(
 @triton.jit
 def _sum_planes(h_at, stride, mask, PLANES: tl.constexpr):
     """The shrink's partial sums in their order."""
-    total = tl.load(h_at, mask=mask, other=0.0)
+    total = tl.load(h_at, mask=mask, other=0.0).to(tl.float32)
     for plane in tl.static_range(1, PLANES):
         total += tl.load(h_at + plane * stride, mask=mask, other=0.0)
     return total
@@ -89,7 +90,7 @@ def _sum_planes(h_at, stride, mask, PLANES: tl.constexpr):
 def _dot_fp32(h, b, acc, PRECISION: tl.constexpr):
     """``acc + h @ b`` with h of 16 bits or more of mantissa, on matrix instructions of the dtype of b.
 
-    h is cut into a high part that the instruction takes as it is, and what is left.
+    h is cut into a high part that the instruction takes as it is, and what is left. "own": it has the dtype of b.
     """
     if PRECISION == "bf16":
         high = h.to(tl.bfloat16)
@@ -100,6 +101,8 @@ def _dot_fp32(h, b, acc, PRECISION: tl.constexpr):
         wide = b.to(tl.float32)
         acc = tl.dot(high, wide, acc, input_precision="tf32")
         return tl.dot(h - high, wide, acc, input_precision="tf32")
+    elif PRECISION == "own":
+        return tl.dot(h.to(b.dtype), b, acc)
     else:
         return tl.dot(h, b.to(tl.float32), acc, input_precision="ieee")
 
@@ -107,7 +110,7 @@ def _dot_fp32(h, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _expand_kernel(
     y,  # [num_rows, out_features], added to
-    h,  # [planes, num_pairs, max_rank] fp32
+    h,  # [planes, num_pairs, max_rank] fp32; BY_ROW: [num_rows, num_slots * max_rank] of any dtype
     pool_b,  # [num_slots * max_rank, out_features]
     rows,
     weights,
@@ -117,9 +120,10 @@ def _expand_kernel(
     slot_scaling,
     out_features,
     max_rank,
-    plane_stride,
+    h_stride,  # between planes; BY_ROW: between rows
     y_stride,
     b_stride,
+    BY_ROW: tl.constexpr,
     PLANES: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_MIXES: tl.constexpr,  # rows with several pairs are not for this kernel
@@ -143,13 +147,16 @@ def _expand_kernel(
     y_at = y + row[:, None] * y_stride + offs_n[None, :]
     prior = tl.load(y_at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
     offs_r = tl.arange(0, BLOCK_R)
-    h_at = h + pairs[:, None].to(tl.int64) * max_rank + offs_r[None, :]
+    if BY_ROW:
+        h_at = h + row[:, None] * h_stride + slot * max_rank + offs_r[None, :]
+    else:
+        h_at = h + pairs[:, None].to(tl.int64) * max_rank + offs_r[None, :]
     b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in range(0, rank, BLOCK_R):
         here = offs_r < rank - r
         b = tl.load(b_at, mask=here[:, None] & inside[None, :], other=0.0)
-        partial = _sum_planes(h_at + r, plane_stride, live[:, None] & here[None, :], PLANES)
+        partial = _sum_planes(h_at + r, h_stride, live[:, None] & here[None, :], PLANES)
         acc = _dot_fp32(partial, b, acc, PRECISION)
         b_at += BLOCK_R * b_stride
     scale = tl.load(slot_scaling + slot) + tl.zeros([BLOCK_M], tl.float32)
@@ -172,9 +179,10 @@ def _mix_kernel(
     num_slots,
     out_features,
     max_rank,
-    plane_stride,
+    h_stride,  # between planes; BY_ROW: between rows
     y_stride,
     b_stride,
+    BY_ROW: tl.constexpr,
     PLANES: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -197,12 +205,16 @@ def _mix_kernel(
         pair = tl.load(row_pairs + at).to(tl.int64)
         slot = tl.sum((ends <= pair).to(tl.int32))
         rank = tl.load(slot_rank + slot)
+        if BY_ROW:
+            h_at = h + row * h_stride + slot * max_rank
+        else:
+            h_at = h + pair * max_rank
         b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
         acc = tl.zeros([BLOCK_N], tl.float32)
         for r in range(0, rank, BLOCK_R):
             here = offs_r < rank - r
             b = tl.load(b_at, mask=here[:, None] & inside[None, :], other=0.0)
-            partial = _sum_planes(h + pair * max_rank + r + offs_r, plane_stride, here, PLANES)
+            partial = _sum_planes(h_at + r + offs_r, h_stride, here, PLANES)
             acc += tl.sum(partial[:, None] * b.to(tl.float32), 0)
             b_at += BLOCK_R * b_stride
         scale = tl.load(slot_scaling + slot)
@@ -234,8 +246,8 @@ def launches(
         backend: Triton's name of the device kind.
         chosen: in place of the shipped plan.
     """
-    pool_a, pool_b, slot_rank, slot_scaling = pool
-    rows, weights, segment_starts, row_starts, row_pairs = routing
+    pool_a, _, slot_rank, _ = pool
+    rows = routing[0]
     assert rows is not None
     num_pairs, num_slots = rows.shape[0], slot_rank.shape[0]
     if num_pairs == 0 or x.shape[0] == 0 or out.shape[1] == 0:
@@ -261,10 +273,27 @@ def launches(
         shrink.num_warps,
         shrink.num_stages,
     )
+    return [first, *_expands(out, h, False, pool, routing, tiles, backend, expand)]
+
+
+def _expands(
+    out: Tensor,
+    h: Tensor,
+    by_row: bool,
+    pool: tuple[Tensor, ...],
+    routing: Sequence[Tensor | None],
+    tiles: Tensor,
+    backend: str,
+    expand: Expand,
+) -> list[Launch]:
+    """``out += weight * scaling * h B``, of pairs or of rows that have the shrink of every slot."""
+    *_, pool_b, slot_rank, slot_scaling = pool
+    rows, weights, segment_starts, row_starts, row_pairs = routing
+    num_slots = slot_rank.shape[0]
     blocks = -(-out.shape[1] // expand.block_n)
-    sizes_of = (out.shape[1], max_rank, h.stride(0), out.stride(0), pool_b.stride(0))
-    has = {"PLANES": shrink.planes, "HAS_WEIGHTS": weights is not None}
-    second = Launch(
+    sizes_of = (out.shape[1], pool_b.shape[0] // num_slots, h.stride(0), out.stride(0), pool_b.stride(0))
+    has = {"BY_ROW": by_row, "PLANES": 1 if by_row else h.shape[0], "HAS_WEIGHTS": weights is not None}
+    first = Launch(
         _expand_kernel,
         (tiles.shape[0], blocks),
         (out, h, pool_b, rows, weights, row_starts, tiles, slot_rank, slot_scaling, *sizes_of),
@@ -281,13 +310,13 @@ def launches(
         expand.num_stages,
         expand.max_registers if backend == "cuda" else None,
     )
-    made_launches = [first, second]
+    made_launches = [first]
     if row_starts is not None:
         lists = (weights, segment_starts, row_starts, row_pairs)
         made_launches.append(
             Launch(
                 _mix_kernel,
-                (x.shape[0], blocks),
+                (out.shape[0], blocks),
                 (out, h, pool_b, *lists, slot_rank, slot_scaling, num_slots, *sizes_of),
                 {
                     **has,
@@ -303,7 +332,41 @@ def launches(
     return made_launches
 
 
+def expand_launches(
+    out: Tensor,
+    h: Tensor,
+    pool: tuple[Tensor, Tensor, Tensor],
+    routing: Sequence[Tensor | None],
+    tiles: Tensor,
+    backend: str,
+) -> list[Launch]:
+    """What ``expand_`` launches: one, or two where rows have several pairs.
+
+    Args:
+        h: ``[num_rows, num_slots * max_rank]``, unit last stride, dtype of ``out``; both may be columns of one tensor.
+        pool: ``(pool_b, slot_rank, slot_scaling)``.
+        out, routing, tiles, backend: as for ``launches``.
+    """
+    pool_b, slot_rank, _ = pool
+    num_pairs, num_slots = routing[0].shape[0], slot_rank.shape[0]  # type: ignore[union-attr]
+    if num_pairs == 0 or out.shape[0] == 0 or out.shape[1] == 0:
+        return []
+    sizes = 1, out.shape[1], pool_b.shape[0] // num_slots, num_pairs, num_slots
+    expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend).expand
+    if expand.precision != "ieee":
+        expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
+    return _expands(out, h, True, pool, routing, tiles, backend, expand)
+
+
 def multi_lora_(out: Tensor, x: Tensor, pool: Any, routing: Sequence[Tensor | None], tiles: Tensor) -> None:
     """The op on tensors of one device; see ``launches``."""
     for launch in launches(out, x, pool, routing, tiles, "hip" if torch.version.hip else "cuda"):
+        launch.run()
+
+
+def expand_(
+    out: Tensor, h: Tensor, pool: tuple[Tensor, Tensor, Tensor], routing: Sequence[Tensor | None], tiles: Tensor
+) -> None:
+    """The op on tensors of one device; see ``expand_launches``."""
+    for launch in expand_launches(out, h, pool, routing, tiles, "hip" if torch.version.hip else "cuda"):
         launch.run()

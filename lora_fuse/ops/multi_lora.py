@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch  # before _cpu: the extension shares the OpenMP runtime that torch loads
@@ -125,7 +125,6 @@ def _check_shapes(
 ) -> None:
     """What can be checked without reading a tensor."""
     pool_a, pool_b, slot_rank, slot_scaling = pool
-    rows, weights, segment_starts, *_ = routing
     num_slots = slot_rank.shape[0]
     if x.layout is not torch.strided:
         raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
@@ -141,6 +140,13 @@ def _check_shapes(
         raise ValueError(f"x, out: have {sizes} features, the pool has {pool_a.shape[1]} and {pool_b.shape[1]}")
     if x.shape[:-1].numel() != out.shape[:-1].numel():
         raise ValueError(f"x, out: shapes {list(x.shape)} and {list(out.shape)} have different numbers of rows")
+    check_routing(routing, num_slots)
+    check_devices(x, {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": routing[0], "tiles": tiles})
+
+
+def check_routing(routing: RoutingTensors, num_slots: int) -> None:
+    """Shapes of a routing for pools of so many slots."""
+    rows, weights, segment_starts, *_ = routing
     if rows.dim() != 1 or (weights is not None and weights.shape != rows.shape):
         raise ValueError("rows, weights: accepted is one entry for each pair")
     if segment_starts.shape != (num_slots + 1,):
@@ -149,10 +155,12 @@ def _check_shapes(
             f"segment_starts: must be {num_slots + 1} numbers that rise from 0 to {rows.shape[0]}, the pairs; "
             f"got shape {got}"
         )
-    where = {"out": out, "pool_a": pool_a, "pool_b": pool_b, "routing": rows, "tiles": tiles}
-    for name, t in where.items():
+
+
+def check_devices(x: Tensor, others: Mapping[str, Tensor | None], name_of_x: str = "x") -> None:
+    for name, t in others.items():
         if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: is on {t.device}, x is on {x.device}; accepted is one device for all")
+            raise ValueError(f"{name}: is on {t.device}, {name_of_x} is on {x.device}; accepted is one device for all")
 
 
 def _check_values(num_pairs: int, max_rank: int, starts: list[int], ranks: list[int]) -> None:
@@ -179,21 +187,42 @@ def _composite_(
     """Plain torch, a loop over slots: the path of devices and dtypes that have no kernel. fp32 sums, one rounding."""
     pool, routing = (pool_a, pool_b, slot_rank, slot_scaling), (rows, weights, segment_starts, row_starts, row_pairs)
     _check_shapes(out, x, pool, routing)
-    if tiles is not None:
-        rows, weights, segment_starts, row_starts, row_pairs = without_padding(routing)
-    starts, ranks = segment_starts.tolist(), slot_rank.tolist()
-    _check_values(rows.shape[0], pool_a.shape[0] // slot_rank.shape[0], starts, ranks)
-    dtype = torch.promote_types(x.dtype, torch.float32)
     flat = x.reshape(-1, x.shape[-1])
-    total = torch.zeros(flat.shape[0], pool_b.shape[1], dtype=dtype, device=x.device)
-    max_rank = pool_a.shape[0] // slot_rank.shape[0]
+
+    def shrink(index: Tensor, used: slice, dtype: torch.dtype) -> Tensor:
+        return flat[index].to(dtype) @ pool_a[used].to(dtype).t()
+
+    add_slots(out, shrink, pool[1:], routing, tiles is not None)
+
+
+def add_slots(
+    out: Tensor,
+    shrink: Callable[[Tensor, slice, torch.dtype], Tensor],
+    pool: tuple[Tensor, Tensor, Tensor],
+    routing: RoutingTensors,
+    padded: bool,
+) -> None:
+    """``out[row] += weight * scaling * h B`` in plain torch, slot by slot: fp32 sums, one rounding.
+
+    Args:
+        shrink: ``(rows [n], the slot's rows in the pool, dtype) -> h [n, rank]``.
+        pool: ``(pool_b, slot_rank, slot_scaling)``.
+        padded: whether the routing may have padding.
+    """
+    pool_b, slot_rank, slot_scaling = pool
+    rows, weights, segment_starts, *_ = without_padding(routing) if padded else routing
+    starts, ranks = segment_starts.tolist(), slot_rank.tolist()
+    max_rank = pool_b.shape[0] // slot_rank.shape[0]
+    _check_values(rows.shape[0], max_rank, starts, ranks)
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    total = torch.zeros(out.shape[:-1].numel(), pool_b.shape[1], dtype=dtype, device=out.device)
     for slot, rank in enumerate(ranks):
         pairs = slice(starts[slot], starts[slot + 1])
         if pairs.start == pairs.stop or rank == 0:
             continue
         used = slice(slot * max_rank, slot * max_rank + rank)
         index = rows[pairs].long()
-        h = flat[index].to(dtype) @ pool_a[used].to(dtype).t() * slot_scaling[slot].to(dtype)  # [pairs, rank]
+        h = shrink(index, used, dtype) * slot_scaling[slot].to(dtype)  # [pairs, rank]
         if weights is not None:
             h = h * weights[pairs, None].to(dtype)
         total.index_add_(0, index, h @ pool_b[used].to(dtype))

@@ -8,7 +8,7 @@ from aot import TARGETS, compiled, resources
 from torch import Tensor
 
 from lora_fuse.kernels.configs import tile_capacity
-from lora_fuse.kernels.multi_lora import launches
+from lora_fuse.kernels.multi_lora import expand_launches, launches
 
 CASES = [  # rows, in, out, max_rank, slots, dtype, mixed
     pytest.param(16, 4096, 4096, 16, 8, torch.bfloat16, True, id="decode-mixed"),
@@ -48,3 +48,27 @@ def test_plans_fit_the_device(name, rows, in_features, out_features, rank, slots
         assert bool(found.matrix_instructions) == dots, kernel
         # the one family that tiles of every height share: what the bits of a row rest on
         assert not any("wgmma" in i or "tcgen05" in i for i in found.matrix_instructions), kernel
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("rows", "out_features", "rank", "slots", "dtype", "mixed"),
+    [
+        pytest.param(16, 4096, 16, 9, torch.bfloat16, True, id="mixed"),
+        pytest.param(256, 6144, 64, 9, torch.bfloat16, False, id="rank-64"),
+        pytest.param(64, 4096, 16, 9, torch.float16, False, id="fp16"),
+    ],
+)
+def test_expands_beside_the_weight(name, rows, out_features, rank, slots, dtype, mixed, tmp_path, own_cache):
+    """h lies behind y, in its dtype: one matrix instruction a block, no parts."""
+    target, shared = TARGETS[name]
+    _, _, pool, routing, tiles = arguments(rows, 4096, out_features, rank, slots, dtype, mixed)
+    wide = torch.empty(rows, out_features + slots * rank, dtype=dtype, device="meta")
+    made = expand_launches(wide[:, :out_features], wide[:, out_features:], pool[1:], routing, tiles, target.backend)
+    assert len(made) == (2 if mixed else 1)
+    for launch in made:
+        found = resources(compiled(launch, target), target, tmp_path)
+        assert found.spilled == 0
+        assert found.shared <= shared
+        assert bool(found.matrix_instructions) == (launch.kernel.__name__ == "_expand_kernel")
+        assert not any("wgmma" in i or "tcgen05" in i for i in found.matrix_instructions)
