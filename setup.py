@@ -20,6 +20,7 @@ flags = [
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 units = (
+    "bind_launches",
     "bind_positions",
     "bind_routing",
     "bind_sparse",

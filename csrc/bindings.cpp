@@ -11,6 +11,7 @@
 #include "bind_routing.h"
 #include "dispatch.h"
 #include "eager.h"
+#include "launches.h"
 #include "routing.h"
 #include "tensors.h"
 
@@ -204,8 +205,10 @@ void fill_routing_py(const py::tuple& fields, const py::sequence& entries, const
 // ---- called for every layer: no Python frame, no pybind dispatch ----
 
 struct Names {
-  PyObject *cache, *tensors, *weights, *pool_a, *pool_b, *slot_rank, *slot_scaling, *slot_bias;
+  PyObject *cache, *tensors, *weights, *pool_a, *pool_b, *slot_rank, *slot_scaling, *slot_bias, *tiles, *device;
 } names{};
+
+PyObject* ready_launches = nullptr;  // of multi_lora on a GPU, see launch_again; kept for good
 
 py::object get(py::handle object, PyObject* name) {
   PyObject* const value = PyObject_GetAttr(object.ptr(), name);
@@ -223,12 +226,26 @@ py::tuple pool_tensors(py::handle buffers) {
   return py::make_tuple(buffer(names.pool_a), buffer(names.pool_b), buffer(names.slot_rank), buffer(names.slot_scaling));
 }
 
+// multi_lora's launches on a GPU, if there were ones like them before: then all was checked, since checks ask for no more
+// than the key holds.
+bool apply_again(py::handle y, py::handle x, const py::tuple& pool, const py::tuple& route, const py::object& tiles) {
+  if (!ready_launches || pool.size() != 4 || route.size() != 5) return false;
+  PyObject* operands[12] = {y.ptr(), x.ptr()};
+  for (int i = 0; i < 4; ++i) operands[2 + i] = PyTuple_GET_ITEM(pool.ptr(), i);
+  for (int i = 0; i < 5; ++i) operands[6 + i] = PyTuple_GET_ITEM(route.ptr(), i);
+  operands[11] = tiles.ptr();
+  return launch_again(ready_launches, operands, 12);
+}
+
 // multi_lora on the pool's buffers and the routing's tensors, with the version bump that torch would make.
-bool apply(py::handle y, py::handle x, py::handle buffers, const py::object& route) {
-  if (!PyTuple_Check(route.ptr())) fail("routing: expected 5 tensors");
-  if (!multi_lora(y, x, pool_tensors(buffers), py::reinterpret_borrow<py::tuple>(route), num_threads())) return false;
-  bump_version(y);
-  return true;
+bool apply(bool on_cpu, py::handle y, py::handle x, py::handle buffers, const py::object& routing) {
+  const py::object tensors = get(routing, names.tensors);
+  if (!PyTuple_Check(tensors.ptr())) fail("routing: expected 5 tensors");
+  const auto route = py::reinterpret_borrow<py::tuple>(tensors);
+  const py::tuple pool = pool_tensors(buffers);
+  const bool done = on_cpu ? multi_lora(y, x, pool, route, num_threads()) : apply_again(y, x, pool, route, get(routing, names.tiles));
+  if (done) bump_version(y);
+  return done;
 }
 
 // What multi_lora does, without torch's dispatcher. False, and nothing done, where the dispatcher has a part to play,
@@ -237,19 +254,25 @@ bool multi_lora_eager(py::handle out, py::handle x, py::handle buffers, py::hand
   if (!may_bypass(x, out, get(routing, names.weights), false)) return false;
   TensorView v;
   if (!try_view(x, &v) || !has_rows_of(v, routing)) return false;
-  return apply(out, x, buffers, get(routing, names.tensors));
+  return apply(v.on_cpu, out, x, buffers, py::reinterpret_borrow<py::object>(routing));
 }
 
-// The Routing of this input in the running forward, from `cache`, a dict from the leading dimensions of a CPU input to its
-// Routing (None: no adapter). Null where there is none, or where the dispatcher has a part to play. y is nobody else's.
+// The Routing of this input in the running forward, from `cache`, a dict from the leading dimensions of a CPU input, or
+// (these, device), to its Routing (None: no adapter). Null where there is none, where the dispatcher has a part to play,
+// and on side streams of a GPU, whose forwards may be captured. y is nobody else's.
 py::object current_routing(py::handle y, py::handle x, py::handle local, TensorView* xv, TensorView* yv) {
   const py::object cache = get(local, names.cache);
   // routings made for a forward have no weights that want a gradient
   if (!PyDict_CheckExact(cache.ptr()) || !may_bypass(x, y, py::none(), true)) return {};
-  if (!try_view(x, xv) || !try_view(y, yv) || !xv->on_cpu || !same(xv->dtype, yv->dtype) || xv->ndim < 1) return {};
+  if (!try_view(x, xv) || !try_view(y, yv) || !same(xv->dtype, yv->dtype) || xv->ndim < 1) return {};
   const py::tuple lead(xv->ndim - 1);
   for (int i = 0; i + 1 < xv->ndim; ++i) PyTuple_SET_ITEM(lead.ptr(), i, PyLong_FromLongLong(xv->shape[i]));
-  const py::object routing = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(cache.ptr(), lead.ptr()));
+  py::object key = lead;
+  if (!xv->on_cpu) {
+    if (xv->device.type != dlpack::kCUDA || !on_default_stream(xv->device.id)) return {};
+    key = py::make_tuple(lead, get(x, names.device));
+  }
+  const py::object routing = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(cache.ptr(), key.ptr()));
   if (!routing && PyErr_Occurred()) throw py::error_already_set();
   return routing;
 }
@@ -266,7 +289,7 @@ bool serve(py::handle y, py::handle x, py::handle local, py::handle buffers) {
   const py::object routing = current_routing(y, x, local, &xv, &yv);
   if (!routing) return false;
   if (routing.is_none()) return true;
-  return without_bias(buffers) && apply(y, x, buffers, get(routing, names.tensors));
+  return without_bias(buffers) && apply(xv.on_cpu, y, x, buffers, routing);
 }
 
 // The same for layers that share x, whose outputs lie side by side in y. parts: (buffers of the pool or None, width) of
@@ -340,7 +363,7 @@ PYBIND11_MODULE(_cpu, m) {
   choose_isa(isa ? isa : "");
   m.def("multi_lora", &multi_lora);
   const auto name = [](const char* n) { return PyUnicode_InternFromString(n); };
-  names = {name("cache"), name("tensors"), name("weights"), name("pool_a"), name("pool_b"), name("slot_rank"), name("slot_scaling"), name("slot_bias")};
+  names = {name("cache"), name("tensors"), name("weights"), name("pool_a"), name("pool_b"), name("slot_rank"), name("slot_scaling"), name("slot_bias"), name("tiles"), name("device")};
   if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
   m.def("fill_routing", &fill_routing_py);
   m.def("may_bypass", [](py::handle x, py::handle weights) { return may_bypass(x, py::none(), weights, false); });
@@ -349,6 +372,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("choose_isa", &choose_isa);
+  m.def("set_ready_launches", [](py::dict ready) { ready_launches = ready.release().ptr(); });
+  bind_launches(m);
   bind_topk(m);
   bind_positions(m);
   bind_sparse(m);

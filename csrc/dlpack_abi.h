@@ -9,7 +9,7 @@ namespace lora_fuse::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
 
-enum DeviceType : int32_t { kCPU = 1 };
+enum DeviceType : int32_t { kCPU = 1, kCUDA = 2 };
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Version {

@@ -8,7 +8,7 @@ namespace {
 // References kept for good: a module's globals, which outlive every caller.
 struct Queries {
   PyObject *tensor_type, *parameter_type;
-  PyObject *grad_enabled, *dispatch_modes, *function_mode, *functorch_level, *any_autocast, *tracing_state, *forward_ad;
+  PyObject *grad_enabled, *dispatch_modes, *function_mode, *functorch_level, *any_autocast, *tracing_state, *forward_ad, *current_stream;
   PyObject *increment_version, *num_threads;
 } queries{};
 
@@ -58,7 +58,7 @@ void set_eager_queries(py::dict given) {
   const auto take = [&](const char* name) { return py::object(given[name]).release().ptr(); };
   queries = {take("tensor_type"),    take("parameter_type"),  take("grad_enabled"), take("dispatch_modes"),
              take("function_mode"),  take("functorch_level"), take("any_autocast"), take("tracing_state"),
-             take("forward_ad"),     take("increment_version"), take("num_threads")};
+             take("forward_ad"),     take("current_stream"),  take("increment_version"), take("num_threads")};
 }
 
 bool may_bypass(py::handle x, py::handle out, py::handle weights, bool fresh) {
@@ -73,6 +73,14 @@ bool may_bypass(py::handle x, py::handle out, py::handle weights, bool fresh) {
       truth(call(queries.any_autocast)) || !call(queries.tracing_state).is_none())
     return false;
   return !(negative(x) || (!fresh && !out.is_none() && negative(out)));  // the memory would hold the negative
+}
+
+bool on_default_stream(int device) {
+  if (queries.current_stream == Py_None) return false;
+  const auto index = py::int_(device);
+  PyObject* const stream = PyObject_CallOneArg(queries.current_stream, index.ptr());
+  if (!stream) throw py::error_already_set();
+  return !truth(py::reinterpret_steal<py::object>(stream));  // the default one is null
 }
 
 void bump_version(py::handle t) {

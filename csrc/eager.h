@@ -12,6 +12,7 @@ void set_eager_queries(pybind11::dict queries);
 // None; fresh: out has just been made, as no view.
 bool may_bypass(pybind11::handle x, pybind11::handle out, pybind11::handle weights, bool fresh);
 
+bool on_default_stream(int device);         // of CUDA; false where torch has no CUDA
 void bump_version(pybind11::handle t);  // an in-place write has happened; nothing for inference tensors
 int num_threads();                      // torch.get_num_threads()
 

@@ -13,7 +13,10 @@ const dlpack::ExchangeApi* exchange_api = nullptr;  // set once at import; null:
 TensorView through_attributes(py::handle t, const char* name) {
   TensorView v{};
   if (!py::hasattr(t, "data_ptr")) throw py::type_error(std::string(name) + ": expected a torch.Tensor");
-  v.on_cpu = t.attr("device").attr("type").cast<std::string>() == "cpu";
+  const std::string device = t.attr("device").attr("type").cast<std::string>();
+  const py::object index = t.attr("device").attr("index");
+  v.on_cpu = device == "cpu";
+  v.device = {v.on_cpu ? dlpack::kCPU : device == "cuda" ? dlpack::kCUDA : 0, index.is_none() ? 0 : index.cast<int32_t>()};
   v.data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
   const py::tuple shape = t.attr("shape"), strides = t.attr("stride")();
   v.ndim = int(shape.size());
@@ -59,6 +62,7 @@ TensorView view(py::handle t, const char* name) {
   v.data = static_cast<char*>(d.data) + d.byte_offset;
   v.ndim = d.ndim;
   v.dtype = d.dtype;
+  v.device = d.device;
   v.on_cpu = d.device.type == dlpack::kCPU;
   int64_t dense = 1;
   for (int i = d.ndim - 1; i >= 0; --i) {

@@ -15,6 +15,7 @@ struct TensorView {
   int ndim;
   int64_t shape[8], strides[8];
   dlpack::DataType dtype;
+  dlpack::Device device;
   bool on_cpu;
 };
 

@@ -68,7 +68,7 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
         y = out
         if y is None and _may_bypass(x, routing.weights):
             y = x.new_zeros((*x.shape[:-1], pool.out_features))
-        if y is not None and not routing.padded and _multi_lora_eager(y, x, pool._buffers, routing):
+        if y is not None and (y.is_cuda or not routing.padded) and _multi_lora_eager(y, x, pool._buffers, routing):
             return y
     return _dispatch(x, pool, routing, out)
 

@@ -1,9 +1,28 @@
-"""One launch of a Triton kernel, as data: what runs it, and what compiles it ahead of time, read the same fields."""
+"""One launch of a Triton kernel, as data: what runs it, and what compiles it ahead of time, read the same fields.
+
+Triton's own way of launching looks at every argument again, in Python, each time. So what an op launched is kept under
+all that it depends on (``lora_fuse._cpu.operand_key``: dtypes, devices, shapes, strides, alignments of the op's
+operands), as ``Prepared``: compiled kernels, grids and arguments, in which only addresses change from call to call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from lora_fuse import _cpu
+
+_MOST_PREPARED = 4096  # of one op; a batch of another size is another entry
+_KNOWS_LAUNCHER = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
+_compiled: dict[int, Any] = {}  # every kernel that was asked for, by id
 
 
 @dataclass(frozen=True)
@@ -17,6 +36,7 @@ class Launch:
     num_warps: int
     num_stages: int
     max_registers: int | None = None  # of a thread
+    scratch: tuple[Tensor, ...] = ()  # among the launches' arguments: memory that holds nothing yet
 
     @property
     def options(self) -> dict[str, Any]:
@@ -24,5 +44,171 @@ class Launch:
             {"maxnreg": self.max_registers} if self.max_registers else {}
         )
 
-    def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constexprs, **self.options)
+    @property
+    def bound(self) -> tuple[Any, ...]:
+        """A value for each of the kernel's parameters."""
+        values = iter(self.args)
+        names = self.kernel.arg_names
+        made = tuple([self.constexprs[name] if name in self.constexprs else next(values) for name in names])
+        assert next(values, None) is None
+        return made
+
+    def run(self) -> Any:
+        """Launch, on the current device and stream; compiled first if need be. Returns Triton's compiled kernel."""
+        return _counted(self.kernel[self.grid](*self.args, **self.constexprs, **self.options))
+
+    def compile(self) -> Any:
+        """Compile as ``run`` would, and launch nothing; tensors may be on the meta device."""
+        given = {**self.constexprs, **self.options}
+        return _counted(self.kernel.run(*self.args, grid=self.grid, warmup=True, **given))
+
+
+def compilations() -> int:
+    """How many different kernels this process has asked Triton for, by ``run`` or by ``compile``."""
+    return len(_compiled)
+
+
+def _counted(kernel: Any) -> Any:
+    if kernel is not None:
+        _compiled.setdefault(id(kernel), kernel)
+    return kernel
+
+
+class Arguments:
+    """The values of launches' parameters, for operands that lie elsewhere. Made by ``arguments_of``."""
+
+    __slots__ = ("constants", "picks", "scratch", "views")
+
+    def __init__(self) -> None:
+        self.scratch: list[tuple[torch.Size, torch.dtype]] = []
+        self.views: list[tuple[int, int]] = []  # which address it hangs on, and bytes from there
+        self.constants: list[Any] = []
+        self.picks: list[Callable[[list[Any]], tuple[Any, ...]]] = []  # of each launch, out of ``values``
+
+    def values(self, addresses: Sequence[int]) -> list[Any]:
+        """All there are. Args: addresses of the operands, then of the scratch."""
+        values: list[Any] = [*addresses]
+        values += [values[base] + offset for base, offset in self.views]
+        values += self.constants
+        return values
+
+
+def arguments_of(launches: Sequence[Launch], operands: Sequence[Tensor | None]) -> Arguments | None:
+    """What hangs on the operands' addresses, and what does not.
+
+    Args:
+        launches: their tensors are operands, views of operands, or declared as scratch.
+        operands: the op's.
+    Returns:
+        None if it cannot be told where a tensor would lie next time.
+    """
+    scratch = [t for launch in launches for t in launch.scratch]
+    bases = [*operands, *scratch]
+    made = Arguments()
+    made.scratch = [(t.shape, t.dtype) for t in scratch]
+    rows: list[list[tuple[str, int]]] = []
+    for launch in launches:
+        row = []
+        for value in launch.bound:
+            place: tuple[str, int] | None = ("constant", len(made.constants))
+            if isinstance(value, Tensor):
+                place = _place(value, bases, made.views)
+            else:
+                made.constants.append(value)
+            if place is None:
+                return None
+            row.append(place)
+        rows.append(row)
+    first = {"base": 0, "view": len(bases), "constant": len(bases) + len(made.views)}
+    made.picks = [itemgetter(*[first[kind] + i for kind, i in row]) for row in rows]
+    return made
+
+
+def _place(tensor: Tensor, bases: Sequence[Tensor | None], views: list[tuple[int, int]]) -> tuple[str, int] | None:
+    """Which address is the tensor's; new ones go into ``views``. None: it may hang on several operands, or on none."""
+    for i, base in enumerate(bases):
+        if base is tensor:
+            return "base", i
+    memory = tensor.untyped_storage().data_ptr()
+    owners = [(i, t) for i, t in enumerate(bases) if t is not None and t.untyped_storage().data_ptr() == memory]
+    at_start = [(i, t) for i, t in owners if t.data_ptr() == tensor.data_ptr()]
+    for found in (at_start, owners):
+        if len(found) == 1:
+            views.append((found[0][0], tensor.data_ptr() - found[0][1].data_ptr()))
+            return "view", len(views) - 1
+    return None
+
+
+class Prepared:
+    """Launches that were made, to be made again on operands that differ in their addresses alone.
+
+    Args:
+        launches: what was made.
+        kernels: Triton's compiled kernel of each.
+        arguments: of the launches.
+        device: of the operands.
+    """
+
+    __slots__ = ("arguments", "device", "steps")
+
+    def __init__(
+        self, launches: Sequence[Launch], kernels: Sequence[Any], arguments: Arguments, device: torch.device
+    ) -> None:
+        self.arguments, self.device, self.steps = arguments, device, []
+        for launch, kernel, pick in zip(launches, kernels, arguments.picks, strict=True):
+            start = kernel.run  # loads the kernel, so that there is a function
+            self.steps.append((start, (*launch.grid, 1, 1)[:3], kernel.function, kernel.packed_metadata, pick))
+
+    def __call__(self, addresses: tuple[int, ...]) -> bool:
+        """Launch on operands that lie there; False, and nothing done, if Triton's own way has to."""
+        if _hooked():
+            return False
+        if torch._C._cuda_getDevice() == self.device.index:
+            self._launch(addresses)
+        else:
+            with torch.cuda.device(self.device):
+                self._launch(addresses)
+        return True
+
+    def _launch(self, addresses: tuple[int, ...]) -> None:
+        arguments, device = self.arguments, self.device
+        scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in arguments.scratch]
+        values = arguments.values([*addresses, *[t.data_ptr() for t in scratch]])
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        for start, grid, function, metadata, pick in self.steps:
+            start(*grid, stream, function, metadata, None, None, None, *pick(values))
+
+
+def prepare(launches: Sequence[Launch], kernels: Sequence[Any], operands: Sequence[Tensor | None]) -> Prepared | None:
+    """What makes these launches again, or None where Triton's own way is the only one: in the interpreter, and for
+    versions of Triton that this does not know."""
+    device = next(t.device for t in operands if t is not None)
+    if not _KNOWS_LAUNCHER or device.type != "cuda" or any(kernel is None for kernel in kernels):
+        return None
+    arguments = arguments_of(launches, operands)
+    return None if arguments is None else Prepared(launches, kernels, arguments, device)
+
+
+def run(launches: Sequence[Launch], operands: Sequence[Tensor | None], ready: dict[bytes, Prepared]) -> None:
+    """Launch in order, on the device of the operands, and put what makes the launches again into ``ready``."""
+    device = next(t.device for t in operands if t is not None)
+    with on_device(device):
+        kernels = [launch.run() for launch in launches]
+        key = _cpu.operand_key(tuple(operands))
+        made = None if key is None else prepare(launches, kernels, operands)
+    if key is not None and made is not None:
+        if len(ready) >= _MOST_PREPARED:
+            ready.clear()
+        ready[key] = made
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _hooked() -> bool:
+    """Whether somebody wants to see launches: a profiler."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

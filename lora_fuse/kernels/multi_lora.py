@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fuse.kernels.configs import Expand, Plan, plan
-from lora_fuse.kernels.launch import Launch
+from lora_fuse.kernels.launch import Launch, run
 from lora_fuse.kernels.routing import TILE_FIELDS
 
 
@@ -37,7 +37,7 @@ def _tile(tiles, rows, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr):
 def _shrink_kernel(
     x,  # [num_rows, in_features]
     pool_a,  # [num_slots * max_rank, in_features]
-    h,  # [planes, num_pairs, max_rank] fp32
+    h,  # [planes, num_pairs, max_rank] fp32, planes `plane_stride` apart
     rows,
     tiles,
     slot_rank,
@@ -256,12 +256,14 @@ def launches(
     sizes = x.shape[1], out.shape[1], max_rank, num_pairs, num_slots
     made = chosen or plan(*sizes, str(x.dtype).removeprefix("torch."), backend)
     shrink, expand = made.shrink, made.expand
-    h = torch.empty(shrink.planes, num_pairs, max_rank, dtype=torch.float32, device=x.device)
+    # Planes start at multiples of 16 elements, whatever the number of pairs: nothing that Triton specialises on hangs
+    # on the batch.
+    h = torch.empty(shrink.planes, -(-num_pairs * max_rank // 16) * 16, dtype=torch.float32, device=x.device)
     splits = -(-x.shape[1] // shrink.split_len)
     first = Launch(
         _shrink_kernel,
         (tiles.shape[0], -(-max_rank // shrink.block_r), shrink.planes),
-        (x, pool_a, h, rows, tiles, slot_rank, x.shape[1], max_rank, h.stride(0), x.stride(0), pool_a.stride(0)),
+        (x, pool_a, h, rows, tiles, slot_rank, x.shape[1], max_rank, h.stride(0), _pitch(x), pool_a.stride(0)),
         {
             "SPLIT_LEN": shrink.split_len,
             "SPLITS": splits // shrink.planes,
@@ -272,6 +274,7 @@ def launches(
         },
         shrink.num_warps,
         shrink.num_stages,
+        scratch=(h,),
     )
     return [first, *_expands(out, h, False, pool, routing, tiles, backend, expand)]
 
@@ -291,7 +294,7 @@ def _expands(
     rows, weights, segment_starts, row_starts, row_pairs = routing
     num_slots = slot_rank.shape[0]
     blocks = -(-out.shape[1] // expand.block_n)
-    sizes_of = (out.shape[1], pool_b.shape[0] // num_slots, h.stride(0), out.stride(0), pool_b.stride(0))
+    sizes_of = (out.shape[1], pool_b.shape[0] // num_slots, _pitch(h), _pitch(out), pool_b.stride(0))
     has = {"BY_ROW": by_row, "PLANES": 1 if by_row else h.shape[0], "HAS_WEIGHTS": weights is not None}
     first = Launch(
         _expand_kernel,
@@ -358,15 +361,24 @@ def expand_launches(
     return _expands(out, h, True, pool, routing, tiles, backend, expand)
 
 
-def multi_lora_(out: Tensor, x: Tensor, pool: Any, routing: Sequence[Tensor | None], tiles: Tensor) -> None:
-    """The op on tensors of one device; see ``launches``."""
-    for launch in launches(out, x, pool, routing, tiles, "hip" if torch.version.hip else "cuda"):
-        launch.run()
+def multi_lora_(
+    out: Tensor, x: Tensor, pool: Any, routing: Sequence[Tensor | None], tiles: Tensor, operands: Any, ready: Any
+) -> None:
+    """The op on tensors of one device; see ``launches``, and ``launch.run`` for the last two."""
+    run(launches(out, x, pool, routing, tiles, _backend()), operands, ready)
 
 
 def expand_(
-    out: Tensor, h: Tensor, pool: tuple[Tensor, Tensor, Tensor], routing: Sequence[Tensor | None], tiles: Tensor
+    out: Tensor, h: Tensor, pool: Any, routing: Sequence[Tensor | None], tiles: Tensor, operands: Any, ready: Any
 ) -> None:
-    """The op on tensors of one device; see ``expand_launches``."""
-    for launch in expand_launches(out, h, pool, routing, tiles, "hip" if torch.version.hip else "cuda"):
-        launch.run()
+    """The op on tensors of one device; see ``expand_launches``, and ``launch.run`` for the last two."""
+    run(expand_launches(out, h, pool, routing, tiles, _backend()), operands, ready)
+
+
+def _backend() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+def _pitch(rows: Tensor) -> int:
+    """From one row to the next. A lone row's stride is never used, and callers' views give it any value."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]

@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fuse.kernels.configs import tile_capacity, tile_rows
+from lora_fuse.kernels.launch import Launch, on_device
 
 TILE_FIELDS = 4  # slot (-1: no tile), first pair, pairs, unused: one 16-byte load
 
 
-@triton.jit
+# Sizes of a batch are not specialised: every one of them would be compiled for.
+@triton.jit(do_not_specialize=["num_rows"])
 def _sort_kernel(slots, rows, starts, flag, num_rows, num_slots, BLOCK: tl.constexpr):
     """Program ``s``: where slot ``s`` starts, and its rows in order. Slots out of range are -1 and raise the flag."""
     slot = tl.program_id(0)
@@ -40,7 +42,7 @@ def _sort_kernel(slots, rows, starts, flag, num_rows, num_slots, BLOCK: tl.const
             place += tl.sum(hit.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _tiles_kernel(starts, tiles, num_slots, capacity, ROWS: tl.constexpr, FIELDS: tl.constexpr, SLOTS: tl.constexpr):
     """Program ``s`` writes the tiles of slot ``s``; the last one clears what is left."""
     slot = tl.program_id(0)
@@ -76,9 +78,17 @@ def sort_slots(slots: Tensor, num_slots: int, flag: Tensor) -> tuple[Tensor, Ten
     rows = torch.zeros_like(slots)
     starts = torch.zeros(num_slots + 1, dtype=torch.int32, device=slots.device)
     if slots.shape[0]:
-        block = min(1024, max(16, triton.next_power_of_2(slots.shape[0])))
-        _sort_kernel[(num_slots,)](slots, rows, starts, flag, slots.shape[0], num_slots, BLOCK=block)
+        with on_device(slots.device):
+            sort_launch(slots, rows, starts, flag).run()
     return rows, starts
+
+
+def sort_launch(slots: Tensor, rows: Tensor, starts: Tensor, flag: Tensor) -> Launch:
+    """What ``sort_slots`` launches."""
+    num_rows, num_slots = slots.shape[0], starts.shape[0] - 1
+    block = 128 if num_rows <= 128 else 1024
+    args = (slots, rows, starts, flag, num_rows, num_slots)
+    return Launch(_sort_kernel, (num_slots,), args, {"BLOCK": block}, 4, 3)
 
 
 def build_tiles(segment_starts: Tensor, num_pairs: int, out: Tensor | None = None) -> Tensor:
@@ -91,20 +101,18 @@ def build_tiles(segment_starts: Tensor, num_pairs: int, out: Tensor | None = Non
     Returns:
         ``[tile_capacity, 4]`` int32: slot, first pair, pairs; slot -1 where there is no tile.
     """
-    num_slots = segment_starts.shape[0] - 1
-    capacity, tiles = tile_capacity(num_pairs, num_slots), out
-    if tiles is not None:
-        capacity = tiles.shape[0]
-    else:
+    tiles = out
+    if tiles is None:
+        capacity = tile_capacity(num_pairs, segment_starts.shape[0] - 1)
         tiles = torch.empty(capacity, TILE_FIELDS, dtype=torch.int32, device=segment_starts.device)
-    if capacity:
-        _tiles_kernel[(num_slots + 1,)](
-            segment_starts,
-            tiles,
-            num_slots,
-            capacity,
-            ROWS=tile_rows(num_pairs),
-            FIELDS=TILE_FIELDS,
-            SLOTS=triton.next_power_of_2(num_slots),
-        )
+    if tiles.shape[0]:
+        with on_device(tiles.device):
+            tiles_launch(segment_starts, tiles, num_pairs).run()
     return tiles
+
+
+def tiles_launch(segment_starts: Tensor, tiles: Tensor, num_pairs: int) -> Launch:
+    """What ``build_tiles`` launches."""
+    num_slots = segment_starts.shape[0] - 1
+    constexprs = {"ROWS": tile_rows(num_pairs), "FIELDS": TILE_FIELDS, "SLOTS": triton.next_power_of_2(num_slots)}
+    return Launch(_tiles_kernel, (num_slots + 1,), (segment_starts, tiles, num_slots, tiles.shape[0]), constexprs, 4, 3)

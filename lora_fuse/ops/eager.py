@@ -31,6 +31,7 @@ _cpu.set_eager_queries(
         "any_autocast": _C._is_any_autocast_enabled,
         "tracing_state": _C._get_tracing_state,
         "forward_ad": _forward_ad,
+        "current_stream": getattr(_C, "_cuda_getCurrentRawStream", None),
         "increment_version": _C._increment_version,
         "num_threads": torch.get_num_threads,
     }

@@ -44,7 +44,14 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
     return out
 
 
+_READY: dict[bytes, Any] = {}  # launches that were made before, see kernels.launch; all checks were passed then
+_cpu.set_ready_launches(_READY)
+
+
 def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
+    operands = (out, x, *args)
+    if len(args) == 10 and not x.is_neg() and _cpu.launch_again(_READY, operands):
+        return
     pool, routing, tiles = args[:4], args[4:9], args[9] if len(args) > 9 else None
     _check_shapes(out, x, pool, routing, tiles)
     dtypes = {out.dtype, x.dtype, pool[0].dtype, pool[1].dtype}
@@ -66,9 +73,11 @@ def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
             "one stride between rows"
         )
     flat = x.reshape(rows, features)
+    if flat.stride(1) != 1 and features > 1:
+        flat = flat.contiguous()
     from lora_fuse.kernels.multi_lora import multi_lora_  # triton, only where there is a device for it
 
-    multi_lora_(y, flat if flat.stride(1) == 1 or features < 2 else flat.contiguous(), pool, routing, tiles)
+    multi_lora_(y, flat, pool, routing, tiles, operands, _READY)
 
 
 def _cuda_new(x: Tensor, *args: Any) -> Tensor:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from lora_fuse.kernels.launch import Launch
 
@@ -22,22 +21,25 @@ TARGETS = {  # and how much shared memory a program may have
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+
+
+def specialization(launch: Launch, target: GPUTarget) -> tuple[Any, ...]:
+    """What Triton itself would choose a compiled kernel by, had it this device; the values of constexprs among it."""
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, make_backend(target))
+    _, found, options = bind(*launch.args, **launch.constexprs, **launch.options)
+    return launch.kernel, tuple(found), tuple(sorted(options.items()))
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """With what a launch specialises on: 1, multiples of 16, None."""
+    """As a launch on that device would."""
     signature, constants, attributes = {}, {}, {}
-    values = iter(launch.args)
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.constexprs[name] if name in launch.constexprs else next(values)
-        if name in launch.constexprs or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
-        if isinstance(value, Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    assert next(values, None) is None
+    backend, (_, found, _) = make_backend(target), specialization(launch, target)
+    for i, (name, (kind, what)) in enumerate(zip(launch.kernel.arg_names, found, strict=True)):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = what
+        elif what:
+            attributes[(i,)] = backend.parse_attr(what)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=launch.options)
 

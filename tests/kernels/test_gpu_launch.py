@@ -1,0 +1,94 @@
+"""Launches made again, on a device: the same bits as Triton's own way, from wherever they are asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make_pool
+from triton import knobs
+
+from lora_fuse.adapters.routing import Routing
+from lora_fuse.functional import multi_lora
+from lora_fuse.kernels import multi_lora as kernels
+from lora_fuse.ops import multi_lora as op
+
+pytestmark = pytest.mark.gpu
+
+
+class TestMadeAgain:
+    def setup_method(self):
+        op._READY.clear()
+        self.pool = make_pool(3, 16, 512, 256, torch.bfloat16).cuda()
+        self.routing = Routing.from_slots(torch.tensor([0, 2, 2, -1, 1], device="cuda"), 3)
+
+    def both(self, x, y, monkeypatch):
+        """By Triton's own way, then by what was kept."""
+        op._READY.clear()
+        want, got = y.clone(), y.clone()
+        args = (*self.pool.tensors, *self.routing.tensors, self.routing.tiles)
+        torch.ops.lora_fuse.multi_lora_(want, x, *args)
+        assert len(op._READY) == 1
+        monkeypatch.setattr(kernels, "multi_lora_", None)  # the slow way would fail
+        torch.ops.lora_fuse.multi_lora_(got, x, *args)
+        monkeypatch.undo()
+        return got, want
+
+    @pytest.mark.parametrize("way", ["dense", "slices", "misaligned", "three dimensions"])
+    def test_same_bits(self, way, monkeypatch):
+        x, y = torch.randn(5, 512, device="cuda").bfloat16(), torch.randn(5, 256, device="cuda").bfloat16()
+        if way == "slices":
+            x, y = torch.randn(5, 600, device="cuda").bfloat16()[:, 8:520], y.repeat(1, 2)[:, 256:]
+        elif way == "misaligned":
+            x = torch.randn(5 * 512 + 1, device="cuda").bfloat16()[1:].view(5, 512)
+        elif way == "three dimensions":
+            x, y = x[:, None], y[:, None]
+        got, want = self.both(x, y, monkeypatch)
+        assert torch.equal(got, want)
+        assert not torch.equal(got, y)
+
+    def test_what_cannot_be_kept_is_not(self):
+        x = torch.randn(512, 5, device="cuda").bfloat16().t()  # copied before the launch
+        y = torch.zeros(5, 256, device="cuda").bfloat16()
+        for _ in range(2):
+            multi_lora(x, self.pool, self.routing, out=y.zero_())
+            assert torch.equal(y, multi_lora(x.contiguous(), self.pool, self.routing))
+        assert len(op._READY) == 1
+
+    def test_the_version_is_bumped_and_other_streams_work(self):
+        x, y = torch.randn(5, 512, device="cuda").bfloat16(), torch.zeros(5, 256, device="cuda").bfloat16()
+        want = multi_lora(x, self.pool, self.routing)
+        multi_lora(x, self.pool, self.routing, out=y)
+        y.zero_()
+        before, side = y._version, torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            multi_lora(x, self.pool, self.routing, out=y)
+        torch.cuda.current_stream().wait_stream(side)
+        assert y._version == before + 1
+        assert torch.equal(y, want)
+
+    def test_profilers_see_every_launch(self):
+        x, seen = torch.randn(5, 512, device="cuda").bfloat16(), []
+        want = multi_lora(x, self.pool, self.routing)
+
+        def hook(metadata):
+            seen.append(metadata.get()["name"])
+
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            for _ in range(3):
+                assert torch.equal(multi_lora(x, self.pool, self.routing), want)
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+        assert len(seen) == 6
+
+    def test_bad_input_is_named_the_second_time_too(self):
+        x = torch.randn(5, 512, device="cuda").bfloat16()
+        for _ in range(2):
+            multi_lora(x, self.pool, self.routing)
+            with pytest.raises(ValueError, match="511 and 256 features"):
+                multi_lora(x[:, 1:], self.pool, self.routing)
+            with pytest.raises(ValueError, match="has 4 rows"):
+                multi_lora(x[1:], self.pool, self.routing)
+            with pytest.raises(ValueError, match="out: is on cpu"):
+                multi_lora(x, self.pool, self.routing, out=torch.zeros(5, 256).bfloat16())
