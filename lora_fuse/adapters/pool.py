@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lora_fuse._cpu import STACK_WORKSPACE
 
-_ROW_ALIGN_BYTES = 64
+ROW_ALIGN_BYTES = 64
 
 
 def _padded(rows: int, cols: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Zeros ``[rows, cols]`` whose row stride is a multiple of 64 bytes."""
-    per_line = max(1, _ROW_ALIGN_BYTES // dtype.itemsize)
+    per_line = max(1, ROW_ALIGN_BYTES // dtype.itemsize)
     stride = -(-cols // per_line) * per_line
     return torch.zeros(rows, stride, dtype=dtype, device=device)[:, :cols]
 
@@ -139,6 +139,19 @@ class AdapterPool(nn.Module):
             self.slot_scaling.data[slot] = 0.0
             self._write_bias(slot, None)
 
+    def move_a(self, rows: Tensor) -> None:
+        """Let A lie in ``rows [num_slots * max_rank, in_features]``, a part of somebody's memory, from now on."""
+        self._buffers["pool_a"] = rows.copy_(self.pool_a)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        a = self._buffers["pool_a"]
+        if a is None or a.untyped_storage().nbytes() <= a.shape[0] * a.stride(0) * a.element_size():
+            return reduced
+        func, args, state, *rest = reduced  # a copy takes its own rows along, not all the memory in which they lie
+        own = _padded(a.shape[0], a.shape[1], a.dtype, a.device).copy_(a)
+        return (func, args, {**state, "_buffers": {**state["_buffers"], "pool_a": own}}, *rest)
+
     def leave_inference_mode(self) -> None:
         """Replace buffers that ``.to()`` made inside ``inference_mode`` by ordinary copies, which can be written."""
         with torch.inference_mode(False):
@@ -153,7 +166,7 @@ class AdapterPool(nn.Module):
         self.slot_scaling = scaling.to(self.slot_rank.device)  # moved, never cast
         for name in ("pool_a", "pool_b"):  # a cast or a move may have dropped the padding of the rows
             t = getattr(self, name)
-            if t.shape[0] > 1 and t.stride(0) * t.element_size() % _ROW_ALIGN_BYTES and t.device.type != "meta":
+            if t.shape[0] > 1 and t.stride(0) * t.element_size() % ROW_ALIGN_BYTES and t.device.type != "meta":
                 setattr(self, name, _padded(t.shape[0], t.shape[1], t.dtype, t.device).copy_(t))
         return self
 

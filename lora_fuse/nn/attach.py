@@ -66,6 +66,7 @@ def attach(
     max_rank: int | None = None,
     batch_dim: int = 0,
     pack: bool = False,
+    augment: bool = False,
     max_pairs: int = 4,
 ) -> nn.Module:
     """Give the model's layers slots and put the adapters there, in place. Nothing is selected yet: it computes as
@@ -93,6 +94,11 @@ def attach(
     - layers are packed when attaching, never later. Packs come apart where a layer gets sparse deltas, a full copy (a
       head) or other weights; ``adapters(model)`` and ``print(model)`` tell what is packed.
 
+    ``augment=True`` lays A behind the weight, in one storage, where a plain ``nn.Linear`` gets slots and there is room:
+    its product yields every slot's shrink as well, for up to 256 rows in plain inference, and one expand is left to do.
+    For decoding on GPUs. The shrink is rounded to the layer's dtype, as torch and PEFT round it, the wider product may
+    round base rows differently, outputs are views, and ``state_dict()`` has copies. See docs/decoding.md.
+
     Limits: what ``checkpoint(model, ..., use_reentrant=True)`` runs again in the backward sees the selection of that
     moment, not the forward's (inside the model, or with ``use_reentrant=False``, it sees the forward's).
     ``torch.jit.trace`` is refused, since a trace would keep one selection for good.
@@ -107,6 +113,7 @@ def attach(
             axis there is refused, but ``[seq, batch, features]`` with ``seq == batch`` looks like a batch-first input:
             such a model needs ``batch_dim=1``, or its rows get each other's adapters.
         pack: let siblings that receive the same input share one product, where there are any.
+        augment: let products yield the shrink as well, where there is room.
         max_pairs: most adapters that one row of a captured forward (a CUDA graph) may mix.
     Returns:
         ``model``.
@@ -128,8 +135,9 @@ def attach(
     for what, value in (("num_slots", num_slots), ("max_rank", max_rank), ("max_pairs", max_pairs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what}: got {value!r}, accepted is an integer from 1")
-    if not isinstance(pack, bool):
-        raise TypeError(f"pack: got {pack!r}, accepted are True and False")
+    for what, flag in (("pack", pack), ("augment", augment)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{what}: got {flag!r}, accepted are True and False")
     if len(loaded) > num_slots:
         raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
     serving = Serving(num_slots, max_rank, batch_dim, max_pairs)
@@ -143,9 +151,11 @@ def attach(
         for name, adapter in loaded.items():
             _fill(planned, name, made, attachment, leases[name].index)
             attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
-        if pack:
-            apart = (*planned.new_sparse, *planned.new_heads)
-            attachment.packs = packing.pack(packing.find_siblings(model, apart))
+        apart = (*planned.new_sparse, *planned.new_heads)
+        groups = packing.find_siblings(model, apart) if pack else []
+        if augment:
+            groups += packing.find_others(model, apart, groups)
+        attachment.packs = packing.pack(groups, made.pools, augment)
     # From here on nothing can fail.
     attachment.tasks = {name: a for name, a in loaded.items() if isinstance(a, SparseAdapter)}
     _install_packs(attachment)

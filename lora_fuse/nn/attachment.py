@@ -35,6 +35,7 @@ class AttachedAdapter:
         source: where it came from.
         density: of a sparse adapter, the share of entries that it keeps; else None.
         packed: those of ``layers`` that share one product with their siblings (``attach(..., pack=True)``).
+        augmented: those of ``layers`` whose product yields the shrink as well (``attach(..., augment=True)``).
     """
 
     slot: int
@@ -45,6 +46,7 @@ class AttachedAdapter:
     source: str
     density: float | None = None
     packed: tuple[str, ...] = ()
+    augmented: tuple[str, ...] = ()
 
 
 class Lock:

@@ -31,9 +31,14 @@ def add_lora(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing, fresh: b
         multi_lora(x, pool, routing, out=y)
     else:
         y = y - _negated(x, y, pool, routing)
-    if pool._buffers["slot_bias"] is not None:
-        y = add_bias(y, pool, routing.rows, routing.weights, pair_slots(routing.segment_starts, routing.rows))
-    return y
+    return add_biases(y, pool, routing)
+
+
+def add_biases(y: Tensor, pool: AdapterPool, routing: Routing) -> Tensor:
+    """``y[row] += weight * scaling * lora_bias`` over the row's pairs, out of place; ``y`` itself if there are none."""
+    if pool._buffers["slot_bias"] is None:
+        return y
+    return add_bias(y, pool, routing.rows, routing.weights, pair_slots(routing.segment_starts, routing.rows))
 
 
 def pair_slots(segment_starts: Tensor, rows: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Their weights lie behind one another in one storage. The first of them to be called in a forward computes all their
 outputs; each of the others takes its own if it is called, in the same forward, with the very same input, and computes
 alone if not. What is computed and never asked for is noticed, and no longer computed.
+
+The pools' A rows may lie behind the weights, see augmented.py; a layer without siblings is then a pack of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from lora_fuse._cpu import may_bypass as _may_bypass
 from lora_fuse._cpu import serve_packed as _serve_packed
 from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.nn.augmented import MOST_ROWS, Beside, has_room, linear_with_lora
 from lora_fuse.nn.linear import MultiLoRALinear, add_lora
 
 _HABIT = 2  # outputs that went to waste so many times in a row are no longer computed
@@ -29,6 +32,7 @@ class Run(NamedTuple):
     sizes: list[int]
     pools: tuple[AdapterPool | None, ...]
     parts: tuple[tuple[Any, int], ...]  # of each: buffers of its pool or None, its width
+    beside: Beside | None
 
 
 class Waiting:
@@ -66,10 +70,12 @@ class Pack:
     Args:
         paths: the layers', in the order in which their weights lie.
         sizes: their output features.
+        augment: whether A may lie behind the weights.
     """
 
-    def __init__(self, paths: tuple[str, ...], sizes: tuple[int, ...]) -> None:
-        self.paths, self.sizes = paths, sizes
+    def __init__(self, paths: tuple[str, ...], sizes: tuple[int, ...], augment: bool = False) -> None:
+        self.paths, self.sizes, self.augment = paths, sizes, augment
+        self.behind: tuple[int | None, ...] = (None,) * len(paths)  # rows at which the pools' A begin
         self.pools: tuple[AdapterPool | None, ...] = (None,) * len(paths)
         self.spans = [(0, len(paths))] * len(paths)  # by who comes first: the neighbours to compute
         self.wasted = [0] * len(paths)
@@ -83,12 +89,19 @@ class Pack:
         self.bias: Tensor | None = None
         self._runs: dict[tuple[int, int], Run] = {}
 
-    def bind(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Args: ``[sum of sizes, in_features]`` and ``[sum of sizes]``, of which the layers' parameters are views."""
+    def bind(self, weight: Tensor, bias: Tensor | None, behind: tuple[int | None, ...]) -> None:
+        """Args: ``[sum of sizes + A's rows, in_features]`` and ``[as many]``, of which the layers' parameters and their
+        pools' A are views, and where each A begins, if it is there."""
         starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        row = weight.stride(0) * weight.element_size()
-        self._offsets = [(start * row, start * weight.element_size()) for start in starts]
-        self.bias, self.weight, self._runs = bias, weight, {}
+        row, item = weight.stride(0) * weight.element_size(), weight.element_size()
+        self._offsets = [
+            (start * row, start * item, None if a is None else a * row) for start, a in zip(starts, behind, strict=True)
+        ]
+        self.bias, self.weight, self.behind, self._runs = bias, weight, behind, {}
+
+    def is_augmented(self, index: int) -> bool:
+        """Whether a layer's A lies behind the weights."""
+        return self.live and self.behind[index] is not None
 
     def dissolve(self) -> None:
         """Let the layers compute alone from now on; their parameters stay what they are."""
@@ -105,27 +118,35 @@ class Pack:
         return {**self.__dict__, "weight": None, "bias": None, "_runs": {}, "trusted": False}
 
     def holds(self, index: int, layer: nn.Module) -> bool:
-        """Whether the layer's parameters are still the views that ``bind`` was given."""
+        """Whether the layer's parameters and its A are still the views that ``bind`` was given."""
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         packed, packed_bias = self.weight, self.bias
         if packed is None or weight is None:
             return False
-        of_weight, of_bias = self._offsets[index]
+        of_weight, of_bias, of_a = self._offsets[index]
         if weight.data_ptr() != packed.data_ptr() + of_weight:
             return False
+        if of_a is not None:
+            pool = self.pools[index]
+            if pool is None or pool._buffers["pool_a"].data_ptr() != packed.data_ptr() + of_a:  # type: ignore[union-attr]
+                return False
         if bias is None or packed_bias is None:
             return bias is None
         return bias.data_ptr() == packed_bias.data_ptr() + of_bias
 
     def output(self, index: int, layer: PackedLinear, x: Tensor) -> Tensor | None:
         """One layer's output, or None: it has to compute alone."""
-        waiting = layer.lora_serving.local.packed
+        waiting, single = layer.lora_serving.local.packed, len(self.sizes) == 1
         # Plain inference only: no graph, no mode or transform that wants to see each layer.
-        if waiting is None or self.weight is None or torch.is_grad_enabled() or not _may_bypass(x, None):
+        if (waiting is None and not single) or self.weight is None or torch.is_grad_enabled():
+            return None
+        if not _may_bypass(x, None):
             return None
         if not self.holds(index, layer):  # somebody put other weights there
             self.dissolve()
             return None
+        if single or waiting is None:
+            return self._compute(self._run(0, 1), layer, x)[0]
         before = waiting.get(self)
         if before is not None:
             y = before.take(index, x)
@@ -162,12 +183,31 @@ class Pack:
             first, sizes, pools = sum(self.sizes[:start]), [*self.sizes[start:end]], self.pools[start:end]
             rows = slice(first, first + sum(sizes))
             parts = tuple((None if p is None else p._buffers, size) for p, size in zip(pools, sizes, strict=True))
-            run = Run(self.weight[rows], None if self.bias is None else self.bias[rows], sizes, pools, parts)
+            bias = None if self.bias is None else self.bias[rows]
+            run = Run(self.weight[rows], bias, sizes, pools, parts, self._beside(start, end, first))
             runs[start, end] = run
         return run
 
+    def _beside(self, start: int, end: int, first: int) -> Beside | None:
+        """What a run multiplies by to get its shrink as well; those that end with other weights cannot."""
+        weight, total = self.weight, sum(self.sizes)
+        if weight is None or end < len(self.sizes) or all(at is None for at in self.behind[start:]):
+            return None
+        rows = sum(
+            p.num_slots * p.max_rank for p, at in zip(self.pools, self.behind, strict=True) if p and at is not None
+        )
+        if not has_room(weight.shape[1], total - first, rows, weight.element_size()):
+            return None
+        columns = tuple(None if at is None else at - total for at in self.behind[start:])
+        return Beside(weight[first:], None if self.bias is None else self.bias[first:], columns)
+
     def _compute(self, run: Run, layer: PackedLinear, x: Tensor) -> tuple[Tensor, ...]:
-        y, serving = F.linear(x, run.weight, run.bias), layer.lora_serving
+        serving = layer.lora_serving
+        if run.beside is not None and x.shape[:-1].numel() <= MOST_ROWS:
+            routing = serving.routing(tuple(x.shape[:-1]), x.device, layer.lora_path)
+            if routing is not None:
+                return linear_with_lora(x, run.beside, run.sizes, run.pools, routing)
+        y = F.linear(x, run.weight, run.bias)
         done = _serve_packed(y, x, serving.local, run.parts)
         outputs: tuple[Tensor, ...] = y.split_with_sizes(run.sizes, -1)
         if done:
@@ -186,7 +226,8 @@ def _own(p: nn.Parameter) -> nn.Parameter:
 
 
 class PackedLinear(MultiLoRALinear):
-    """An ``nn.Linear`` that shares its product with siblings; with slots, or without. Made by ``lora_fuse.attach``."""
+    """An ``nn.Linear`` that shares its product with siblings, or with its own A; with slots, or without. Made by
+    ``lora_fuse.attach``."""
 
     lora_base = nn.Linear
     lora_fresh = True
@@ -217,8 +258,17 @@ class PackedLinear(MultiLoRALinear):
         own = {name: None if p is None else _own(p) for name, p in self._parameters.items()}
         return (func, args, {**state, "_parameters": own}, *rest)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        pack, _ = self.lora_pack
+        if not keep_vars and any(at is not None for at in pack.behind):
+            for name in self._parameters:  # a view is saved with the storage under it, which holds adapters as well
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].clone()
+
     def _slots_repr(self) -> str:
         pack, index = self.lora_pack
         slots = super()._slots_repr() if "lora_pool" in self._modules else "no slots"
         others = ", ".join(path.rpartition(".")[2] for i, path in enumerate(pack.paths) if i != index)
-        return f"{slots}, packed with {others}" if pack.live else slots
+        packed = f", packed with {others}" if pack.live and others else ""
+        return slots + packed + (", A behind the weight" if pack.is_augmented(index) else "")

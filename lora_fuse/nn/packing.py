@@ -1,4 +1,7 @@
-"""Find siblings that receive the same input, lay their weights into one storage, and take them out again."""
+"""Find siblings that receive the same input, lay their weights into one storage, and take them out again.
+
+A weight's adapters may move in behind it, see augmented.py; then layers without siblings are moved as well.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lora_fuse.adapters.pool import ROW_ALIGN_BYTES, AdapterPool
+from lora_fuse.nn.augmented import has_room
 from lora_fuse.nn.packed import Pack, PackedLinear
 from lora_fuse.nn.targets import is_expert, is_hooked
 
@@ -36,21 +41,33 @@ def find_siblings(model: nn.Module, apart: Iterable[str]) -> list[dict[str, nn.L
     Args:
         apart: paths of modules that need a product of their own, with all that is inside them.
     """
-    apart = tuple(apart)
-    modules = dict(model.named_modules())
-    used = Counter(_storage(t) for m in modules.values() for t in (*m._parameters.values(), *m._buffers.values()))
+    free = _free_layers(model, apart)
     groups = []
-    for path, parent in modules.items():
+    for path, parent in model.named_modules():
         for names in _SIBLINGS:
-            group: dict[str, nn.Linear] = {}
-            for name in names:
-                home, child = f"{path}.{name}" if path else name, parent._modules.get(name)
-                free = not any(home == a or home.startswith(f"{a}.") or a == "" for a in apart)
-                if free and modules.get(home) is child and _can_share(child, home, used):
-                    group[home] = child  # type: ignore[assignment]
+            homes = [f"{path}.{name}" if path else name for name in names if name in parent._modules]
+            group = {home: free[home] for home in homes if home in free}
             if len(group) > 1 and _agree([*group.values()]):
                 groups.append(group)
     return groups
+
+
+def find_others(
+    model: nn.Module, apart: Iterable[str], groups: Iterable[Mapping[str, nn.Linear]]
+) -> list[dict[str, nn.Linear]]:
+    """Layers with memory of their own that are in no group, each in a group of its own."""
+    grouped = {path for group in groups for path in group}
+    return [{path: layer} for path, layer in _free_layers(model, apart).items() if path not in grouped]
+
+
+def _free_layers(model: nn.Module, apart: Iterable[str]) -> dict[str, nn.Linear]:
+    apart, modules = tuple(apart), dict(model.named_modules())
+    used = Counter(_storage(t) for m in modules.values() for t in (*m._parameters.values(), *m._buffers.values()))
+    return {
+        path: module  # type: ignore[misc]
+        for path, module in modules.items()
+        if _can_share(module, path, used) and not any(path == a or path.startswith(f"{a}.") or a == "" for a in apart)
+    }
 
 
 def _storage(t: Tensor | None) -> int:
@@ -91,33 +108,70 @@ def _agree(layers: Sequence[nn.Linear]) -> bool:
 
 
 @torch.no_grad()
-def pack(groups: Iterable[Mapping[str, nn.Linear]]) -> Packs:
-    """Lay each group's parameters behind one another; on failure all are as they were."""
+def pack(groups: Iterable[Mapping[str, nn.Linear]], pools: Mapping[str, AdapterPool], augment: bool) -> Packs:
+    """Lay each group's parameters behind one another; on failure all are as they were.
+
+    Args:
+        groups: a layer without siblings is left alone unless its A moves in.
+        pools: by path, of the layers that have slots.
+        augment: move A in behind the weights, where there is room.
+    """
     packs: Packs = []
     try:
         for group in groups:
-            made = Pack((*group,), tuple(layer.weight.shape[0] for layer in group.values()))
-            _bind(made, [*group.values()])
-            packs.append((made, (*group.values(),)))
+            layers = (*group.values(),)
+            made = Pack((*group,), tuple(layer.weight.shape[0] for layer in layers), augment)
+            for i, path in enumerate(group):
+                made.set_pool(i, pools.get(path))
+            if len(group) > 1 or any(_lodgers(made, layers)):
+                packs.append((made, layers))
+                _bind(made, layers)
     except BaseException:
         unpack(packs)
         raise
     return packs
 
 
+def _lodgers(pack: Pack, layers: Sequence[nn.Linear]) -> list[AdapterPool | None]:
+    """The pools whose A rows go behind the weights."""
+    weight, none = layers[0].weight, [None] * len(layers)
+    if not pack.augment:
+        return [*none]
+    pools = [
+        pool if pool is not None and (pool.pool_a.dtype, pool.pool_a.device) == (weight.dtype, weight.device) else None
+        for pool in pack.pools
+    ]
+    rows = sum(pool.pool_a.shape[0] for pool in pools if pool is not None)
+    return pools if has_room(weight.shape[1], sum(pack.sizes), rows, weight.element_size()) else [*none]
+
+
 def _bind(pack: Pack, layers: Sequence[nn.Linear]) -> None:
-    weight = torch.cat([layer.weight.data for layer in layers])
+    lodgers, first = _lodgers(pack, layers), layers[0].weight
+    pieces, behind, end = [layer.weight.data for layer in layers], [], sum(pack.sizes)
+    for pool in lodgers:
+        behind.append(None if pool is None else end)
+        if pool is not None:
+            pieces.append(pool.pool_a)
+            end += pool.pool_a.shape[0]
+    if end > sum(pack.sizes):  # rows of the product begin at multiples of 64 bytes as well
+        pieces.append(first.new_zeros(-end % (ROW_ALIGN_BYTES // first.element_size()), first.shape[1]))
+    weight = torch.cat(pieces)
     biases: list[Tensor | None] = [layer._parameters["bias"] for layer in layers]
     bias = None
     if any(b is not None for b in biases):
-        sizes = zip(biases, pack.sizes, strict=True)
-        bias = torch.cat([weight.new_zeros(size) if b is None else b.data for b, size in sizes])
+        bias = weight.new_zeros(weight.shape[0])
+        for i, b in enumerate(biases):
+            if b is not None:
+                bias[sum(pack.sizes[:i]) : sum(pack.sizes[: i + 1])] = b.data
     for i, layer in enumerate(layers):
         rows = slice(sum(pack.sizes[:i]), sum(pack.sizes[: i + 1]))
         layer.weight.data = weight[rows]
         if bias is not None and layer.bias is not None:
             layer.bias.data = bias[rows]
-    pack.bind(weight, bias)
+    for pool, at in zip(lodgers, behind, strict=True):
+        if pool is not None and at is not None:
+            pool.move_a(weight[at : at + pool.pool_a.shape[0]])
+    pack.bind(weight, bias, tuple(behind))
 
 
 @torch.no_grad()

@@ -16,17 +16,24 @@ from lora_fuse.nn.switch import refuse_while_switched, selects_base
 
 
 def adapters(model: nn.Module) -> dict[str, AttachedAdapter]:
-    """What is attached: name -> slot, rank, bytes, module paths, and which of them run packed with their siblings.
+    """What is attached: name -> slot, rank, bytes, module paths, which of them run packed with
+    their siblings, and which have A behind the weight.
 
     Raises:
         ValueError: nothing is attached to ``model``.
     """
     attachment = attachment_of(model)
-    packed = {path for pack, _ in attachment.packs if pack.live for path in pack.paths}
-    if not packed:
+    packs = [pack for pack, _ in attachment.packs if pack.live]
+    if not packs:
         return dict(attachment.info)
+    packed = {path for pack in packs if len(pack.paths) > 1 for path in pack.paths}
+    augmented = {path for pack in packs for i, path in enumerate(pack.paths) if pack.is_augmented(i)}
     return {
-        name: replace(info, packed=tuple(path for path in info.layers if path in packed))
+        name: replace(
+            info,
+            packed=tuple(path for path in info.layers if path in packed),
+            augmented=tuple(path for path in info.layers if path in augmented),
+        )
         for name, info in attachment.info.items()
     }
 

@@ -87,6 +87,15 @@ def _rows_of(name: str, t: Tensor) -> Tensor:
     return flat
 
 
+def expand_fresh_(out: Tensor, h: Tensor, *args: Any) -> None:
+    """The op without torch's dispatcher: in plain inference, for an ``out`` that nobody has seen.
+
+    Args:
+        args: pool_b, slot_rank, slot_scaling, the routing's five tensors, tiles.
+    """
+    (_cuda_ if h.is_cuda else _composite_)(out, h, *args)
+
+
 LIBRARY.impl("expand_", _cuda_, "CUDA")
 LIBRARY.impl("expand_", _composite_, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fuse::expand_", lambda *args: None, lib=LIBRARY)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from lora_fuse.nn import packed
 from lora_fuse.nn.packed import Pack
 
 
@@ -23,4 +25,18 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         return real(pack, run, *args)
 
     monkeypatch.setattr(Pack, "_compute", record)
+    return made
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The widths of the layers that each product with A behind the weights was made for, in order."""
+    made: list[tuple[int, ...]] = []
+    real = packed.linear_with_lora
+
+    def record(x: Tensor, beside: Any, sizes: Any, *rest: Any) -> Any:
+        made.append(tuple(sizes))
+        return real(x, beside, sizes, *rest)
+
+    monkeypatch.setattr(packed, "linear_with_lora", record)
     return made
