@@ -7,6 +7,8 @@ A part is a module of this package, named in ``PARTS``, with
 - ``run(at: measure.Setting) -> list[dict]``: times, prints a line a shape (``report.show``), returns the rows
   (``report.row``). Asks ``at.budget.over(shape)`` before each shape, most important shapes first. Has to run on the CPU
   at tiny sizes too, where times mean nothing: that is how it is tested.
+- ``compile_share(share: slice)``, if kernels are many: a generator that runs the launches of ``shapes[share]`` once, so
+  that several processes can compile them side by side.
 - ``targets(rows) -> list[dict]``: what was aimed at beside what was measured (``report.target``); may be empty.
 """
 

@@ -78,14 +78,20 @@ def require(name: str, got: Tensor, want: Tensor, limit: float) -> float:
 
 
 def captured(call: Callable[[int], Any], copies: int, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """A graph of ``call(0) ... call(copies - 1)``; run twice before, which compiles and fills caches."""
-    for i in range(copies):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    """A graph of ``call(0) ... call(copies - 1)``, each of which runs on the very stream before, to compile."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for i in range(copies):
             call(i)
+        torch.cuda.synchronize()
+        graph.capture_begin(pool)  # torch.cuda.graph() would empty the allocator's cache each time
+        try:
+            for i in range(copies):
+                call(i)
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph
 
 
@@ -157,20 +163,21 @@ def wall_us(calls: Mapping[str, Callable[[], Any]], rounds: int = 20) -> dict[st
     return {name: median(t[2:]) for name, t in times.items()}
 
 
-def busy_us(call: Callable[[], Any]) -> float:
-    """Microseconds that kernels and copies of one eager call keep the device busy, idle gaps not counted."""
+def busy_us(call: Callable[[int], Any], copies: int) -> float:
+    """Microseconds that kernels and copies of an eager call keep the device busy, idle gaps not counted."""
     if device().type == "cpu":
-        return wall_us({"": call}, 1)[""]
+        return _host_us({"": call}, copies)[""]
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(5):
-            call()
+    def every() -> None:
+        for i in range(copies):
+            call(i)
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in seen.key_averages()) / 5
+
+    every()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        every()
+    return sum(event.self_device_time_total for event in seen.key_averages()) / copies
 
 
 def _wait() -> None:

@@ -1,31 +1,94 @@
-"""``multi_lora`` on the linear layers of an 8B decoder, beside what else a user would run.
+"""``multi_lora`` on the linear layers of an 8B decoder, beside vLLM's and SGLang's kernels, PEFT and plain torch.
 
-The bare linear, what the LoRA part adds to it, and the part alone against the bytes that must move.
+The bare linear, what the LoRA part adds to it, and the part alone against the bytes that must move. Every way runs on
+the same tensors; what a batch's adapters decide (routing, segments) is made once, as a model does for all its layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import measure, report
+from benchmarks.gpu import measure, report, rivals
+from benchmarks.gpu.rival_ways import Factors, Problem, Way, settle, ways
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 
-SITES = {"o": (4096, 4096), "qkv": (4096, 6144), "gate_up": (4096, 28672), "down": (14336, 4096)}
-TINY = {"tiny": (48, 32)}  # for the interpreter
-ROWS, ADAPTERS, RANKS = (1, 16, 64, 256, 4096), (1, 8, 64), (16, 64)
+SITES = {"o": (4096, 4096), "qkv": (4096, 6144), "gate_up": (4096, 28672), "down": (14336, 4096), "tiny": (64, 96)}
+ROWS, ADAPTERS = (1, 4, 16, 64, 256, 1024, 4096), (1, 4, 16, 64)
+SCALING = 0.5
 ROOM = 24 << 30  # bytes that the copies may take
+LIMIT = 4.0  # machine epsilons of the largest result: two roundings to the dtype, and some
 
 
-def routing_of(slots: Tensor, num_slots: int, device: torch.device) -> Routing:
-    """Made on the CPU, moved: a routing is built once a step and is no part of a call."""
-    made = Routing.from_slots(slots, num_slots)
+@dataclass(frozen=True)
+class Shape:
+    """A batch on a layer.
+
+    Args:
+        mix: "even", rows fall to the adapters in equal runs; "zipf", in any order, the n-th adapter 1/n as often as the
+            first; "half", every other row has none.
+        mixed_ranks: a quarter, half and all of ``rank`` in turn.
+    """
+
+    site: str
+    rank: int
+    rows: int
+    adapters: int
+    mix: str = "even"
+    mixed_ranks: bool = False
+
+    def __str__(self) -> str:
+        name = f"{self.site} r{self.rank} T{self.rows} N{self.adapters}"
+        return name + f" {self.mix}" * (self.mix != "even") + " ranks mixed" * self.mixed_ranks
+
+    def slots(self) -> list[int]:
+        even = [row * self.adapters // self.rows for row in range(self.rows)]
+        if self.mix == "zipf":
+            odds = 1 / torch.arange(1, self.adapters + 1)
+            return torch.multinomial(odds, self.rows, True, generator=torch.Generator().manual_seed(0)).tolist()
+        return [slot if row % 2 else -1 for row, slot in enumerate(even)] if self.mix == "half" else even
+
+    def ranks(self) -> list[int]:
+        parts = (4, 2, 1) if self.mixed_ranks else (1,)
+        return [max(1, self.rank // parts[slot % len(parts)]) for slot in range(self.adapters)]
+
+
+# What the targets are about, then the grid, then the other layers.
+DECODE = [Shape("o", 16, t, n) for t, n in ((1, 1), (4, 1), (4, 4), (16, 1), (16, 8), (64, 1), (64, 8))]
+MANY, PREFILL = Shape("o", 16, 64, 64), Shape("o", 16, 4096, 8)
+PEFT = [Shape("o", 16, 16, 8), Shape("o", 16, 64, 8), PREFILL]
+
+
+def grid() -> list[Shape]:
+    """The most telling first, for time may run out."""
+    made = [*DECODE, MANY, PREFILL]
+    for rank in (16, 64, 8, 256):
+        made += [Shape("o", rank, t, n) for t, n in itertools.product(ROWS, ADAPTERS) if n <= t]
+        if rank == 16:
+            made += [Shape("o", rank, t, 16, "zipf") for t in ROWS[2:]]
+            made += [Shape("o", rank, t, 8, "half") for t in (16, 64, 1024)]
+            made += [Shape(s, 16, t, n) for s in ("qkv", "gate_up", "down") for t, n in ((1, 1), (16, 8), (64, 8))]
+        if rank == 64:
+            made += [Shape("o", rank, t, 16, "zipf", mixed_ranks=True) for t in ROWS[2:]]
+    made += [Shape(s, 16, 4096, 8) for s in ("qkv", "gate_up", "down")]
+    return list(dict.fromkeys(made))
+
+
+TINY = [Shape("tiny", 16, 9, 3), Shape("tiny", 32, 12, 2, "half"), Shape("tiny", 32, 10, 3, "zipf", mixed_ranks=True)]
+
+
+def routing_of(slots: list[int], num_slots: int, device: torch.device) -> Routing:
+    made = Routing.from_slots(torch.tensor(slots), num_slots)
     return Routing(*(None if t is None else t.to(device) for t in made.tensors), made.num_rows)
 
 
@@ -38,117 +101,180 @@ def in_interpreter(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing) ->
     _cuda_(y, x, *pool.tensors, *routing.tensors, tiles)
 
 
-def mm_loop(x: Tensor, y: Tensor, pool: AdapterPool, groups: list[Tensor]) -> None:
-    """Two matmuls for each adapter present, as PEFT's mixed batch does, rows gathered by index."""
-    rank = pool.max_rank
-    for slot, index in enumerate(groups):
-        if len(index):
-            used = slice(slot * rank, (slot + 1) * rank)
-            y.index_add_(0, index, (x[index] @ pool.pool_a[used].t()) @ pool.pool_b[used])
+def pool_of(a: Tensor, b: Tensor, ranks: list[int]) -> AdapterPool:
+    """Slots with these factors, ``[num_slots, max_rank, in]`` and ``[num_slots, out, max_rank]``; A is shared."""
+    num_slots, max_rank, fan_in = a.shape
+    pool = AdapterPool(num_slots, max_rank, fan_in, b.shape[1], a.dtype, torch.device("meta"))
+    pool.pool_a, pool.pool_b = a.view(-1, fan_in), b.mT.reshape(num_slots * max_rank, -1)
+    pool.slot_rank = torch.tensor(ranks, dtype=torch.int32, device=a.device)
+    pool.slot_scaling = torch.full((num_slots,), SCALING, device=a.device)
+    return pool
 
 
-def gathered_bmm(x: Tensor, y: Tensor, pool: AdapterPool, slots: Tensor) -> None:
-    """A copy of the row's factors for every row."""
-    a = pool.pool_a.view(pool.num_slots, pool.max_rank, -1)[slots]
-    b = pool.pool_b.view(pool.num_slots, pool.max_rank, -1)[slots]
-    y += torch.bmm(torch.bmm(x[:, None], a.mT), b)[:, 0]
-
-
+@dataclass
 class Case:
-    """One shape: weights in many copies, a batch, and the ways to run it."""
+    """A shape with its data, in as many copies as wanted, and the ways to run it."""
 
-    def __init__(
-        self, features: tuple[int, int], rank: int, rows: int, adapters: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        fan_in, fan_out = features
-        each = (fan_in * fan_out + adapters * rank * (fan_in + fan_out)) * dtype.itemsize
-        self.copies = max(2, min(measure.COPIES, ROOM // each)) if device.type == "cuda" else 2
-        self.x, self.y = (torch.randn(rows, n, dtype=dtype, device=device) for n in features)
-        self.slots = torch.arange(rows) * adapters // rows
-        self.routing = routing_of(self.slots, adapters, device)
-        self.weights, self.pools = [], []
+    shape: Shape
+    copies: int = measure.COPIES
+    problem: Problem = field(init=False)
+    ways: dict[str, Way] = field(init=False)
+
+    def __post_init__(self) -> None:
+        device, shape = measure.device(), self.shape
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # bf16 is wrong in the interpreter
+        (fan_in, fan_out), rank, ranks, slots = SITES[shape.site], shape.rank, shape.ranks(), shape.slots()
+        of_factors = shape.adapters * rank * (fan_in + 2 * fan_out)
+        self.copies = max(2, min(self.copies, ROOM // ((fan_in * fan_out + of_factors) * dtype.itemsize)))
+        drawn = partial(torch.randn, device=device, dtype=dtype)
+        made = []
         for _ in range(self.copies):
-            self.weights.append(torch.randn(fan_out, fan_in, dtype=dtype, device=device) / fan_in**0.5)
-            pool = AdapterPool(adapters, rank, fan_in, fan_out, dtype, device)
-            pool.pool_a.copy_(torch.randn(pool.pool_a.shape, device=device) / fan_in**0.5)
-            pool.pool_b.copy_(torch.randn(pool.pool_b.shape, device=device) / rank**0.5)
-            pool.slot_rank.fill_(rank), pool.slot_scaling.fill_(1.0)
-            self.pools.append(pool)
-        groups = [(self.slots == s).nonzero()[:, 0].to(device) for s in range(adapters)]
-        on_device = self.slots.to(device)
-        self.ways: dict[str, Callable[[Tensor, AdapterPool], Any]] = {
-            "lora_fuse": lambda y, pool: multi_lora(self.x, pool, self.routing, out=y),
-            "mm loop": lambda y, pool: mm_loop(self.x, y, pool, groups),
-        }
-        if device.type == "cpu":
-            self.ways["lora_fuse"] = lambda y, pool: in_interpreter(y, self.x, pool, self.routing)
-        if rows <= 64:
-            self.ways["gathered bmm"] = lambda y, pool: gathered_bmm(self.x, y, pool, on_device)
-        # x and the factors once, y read and written
-        self.nbytes = self.x.nbytes + 2 * self.y.nbytes + adapters * rank * (fan_in + fan_out) * dtype.itemsize
+            a, b = drawn(shape.adapters, rank, fan_in) / fan_in**0.5, drawn(shape.adapters, fan_out, rank) / rank**0.5
+            for slot, own in enumerate(ranks):
+                a[slot, own:], b[slot, :, own:] = 0, 0
+            made.append(Factors(drawn(fan_out, fan_in) / fan_in**0.5, [a], [b], a, b))
+        self.x, self.y = drawn(shape.rows, fan_in), drawn(shape.rows, fan_out)
+        self.problem = Problem(self.x, slots, ranks, SCALING, (fan_out,), made)
+        self.pools = [pool_of(f.all_a, f.all_b, ranks) for f in made]
+        self.routing = routing_of(slots, shape.adapters, device)
+        self.ways = {report.OURS: Way(self.ours), **ways(self.problem)}
+        used = sum(ranks[slot] for slot in set(slots) - {-1}) * (fan_in + fan_out) * dtype.itemsize
+        live = sum(slot >= 0 for slot in slots) / shape.rows
+        self.nbytes = used + live * (self.x.nbytes + 2 * self.y.nbytes)  # factors and x once, y read and written
 
-    def want(self) -> Tensor:
-        """In fp64."""
-        pool, rank = self.pools[0], self.pools[0].max_rank
-        want = self.y.double()
-        for slot in range(pool.num_slots):
-            index = (self.slots == slot).nonzero()[:, 0].to(want.device)
-            used = slice(slot * rank, (slot + 1) * rank)
-            h = self.x[index].double() @ pool.pool_a[used].double().t()
-            want[index] += h @ pool.pool_b[used].double() * pool.slot_scaling[slot].double()
+    def ours(self, y: Tensor, i: int) -> None:
+        if y.is_cuda:
+            multi_lora(self.x, self.pools[i], self.routing, out=y)
+        else:
+            in_interpreter(y, self.x, self.pools[i], self.routing)
+
+    def want(self, y: Tensor) -> Tensor:
+        """``y`` and the first copy's LoRA part, in fp64."""
+        want, factors = y.double(), self.problem.copies[0]
+        slots = torch.tensor(self.problem.slots)
+        for slot in range(self.shape.adapters):
+            index = (slots == slot).nonzero()[:, 0].to(y.device)
+            h = self.x[index].double() @ factors.all_a[slot].double().t()
+            want[index] += SCALING * (h @ factors.all_b[slot].double().t())
         return want
 
     def check(self) -> None:
-        """Each way against fp64.
+        """Each way against fp64, alone and with the base.
 
         Raises:
             SystemExit: one of them is wrong.
         """
-        want = self.want()
+        limit = LIMIT * torch.finfo(self.x.dtype).eps
+        want = self.want(self.y)
+        whole = self.want(self.x.double() @ self.problem.copies[0].weight.double().t())
         for name, way in self.ways.items():
             got = self.y.clone()
-            way(got, self.pools[0])
-            measure.require(name, got, want, 16 * torch.finfo(self.x.dtype).eps)
+            way.alone(got, 0)
+            measure.require(f"{self.shape}: {name}", got, want, limit)
+            measure.require(f"{self.shape}: {name} with the base", way.with_base(self.problem, 0), whole, limit)
 
-    def time(self) -> dict[str, float]:
-        """Each way after the bare linear, and alone."""
-
-        def bare(i: int) -> Tensor:
-            return linear(self.x, self.weights[i])
-
-        calls: dict[str, Callable[[int], Any]] = {"linear": bare}
+    def time(self) -> dict[str, Any]:
+        """Microseconds of each way alone and with the base; of a rival's plans, its default and its fastest."""
+        weights = [f.weight for f in self.problem.copies]
+        calls: dict[str, Any] = {"linear": lambda i: linear(self.x, weights[i])}
         for name, way in self.ways.items():
-            calls[f"{name} + base"] = lambda i, way=way: way(bare(i), self.pools[i])
-            calls[name] = lambda i, way=way: way(self.y, self.pools[i])
-        return measure.device_us(calls, self.copies)
+            calls[name] = lambda i, way=way: way.alone(self.y, i)
+            calls[f"{name} + base"] = lambda i, way=way: way.with_base(self.problem, i)
+        us = measure.device_us(calls, self.copies, seconds=0.4)
+        chosen = {}
+        for rival, kept in (("vllm", "vllm tuned"), ("sglang v2", "sglang v2")):
+            if any(name.startswith(rival) for name in self.ways):
+                chosen[kept] = settle(us, rival, kept)
+        if self.shape in PEFT:
+            us |= peft_us(self)
+        return {"us": us, "chosen": chosen}
+
+
+def peft_us(case: Case) -> dict[str, float]:
+    """The time that PEFT's mixed batch keeps the device busy, its base layer free of charge.
+
+    It indexes by Python lists, so it cannot be captured: its gaps are left out, in its favour.
+    """
+    try:
+        from benchmarks.rivals import peft_layer
+    except ImportError:
+        return {}
+    copies, names = case.problem.copies[:8], [str(slot) for slot in case.problem.slots]
+    layers = [peft_layer(f.all_a, f.all_b, SCALING) for f in copies]
+    for _, given in layers:
+        given.out = case.y
+    got = layers[0][0](case.x, adapter_names=names)
+    measure.require("peft", got, case.want(case.y), LIMIT * torch.finfo(case.x.dtype).eps)
+    return {"peft": measure.busy_us(lambda i: layers[i][0](case.x, adapter_names=names), len(layers))}
+
+
+def shapes(quick: bool) -> list[Shape]:
+    if measure.device().type == "cpu":
+        return TINY[: 1 if quick else None]
+    return [*DECODE, MANY, PREFILL] if quick else grid()
+
+
+def compile_share(share: slice) -> Iterator[None]:
+    """Run every way of some of the shapes once: a process of several that fill Triton's cache together."""
+    for shape in shapes(False)[share]:
+        Case(shape, 1).check()
+        yield
 
 
 def check() -> None:
-    device = measure.device()
-    if device.type == "cpu":
-        return Case(TINY["tiny"], 4, 6, 3, torch.float32, device).check()
-    for rows, adapters, rank in ((1, 1, 16), (64, 64, 16), (300, 8, 64)):
-        Case(SITES["o"], rank, rows, adapters, torch.bfloat16, device).check()
+    for line in rivals.missing():
+        print(line)
+    for shape in TINY if measure.device().type == "cpu" else (DECODE[0], MANY, PREFILL):
+        Case(shape, 1).check()
 
 
 def run(at: measure.Setting) -> list[dict[str, Any]]:
-    device = measure.device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     made = []
-    for site, features in (SITES if device.type == "cuda" else TINY).items():
-        for rank in RANKS[:1] if at.quick else RANKS:
-            for rows in ROWS if device.type == "cuda" else (6,):
-                for adapters in (n for n in ADAPTERS if n <= rows):
-                    shape = f"{site} r{rank} T{rows} N{adapters}"
-                    if at.budget.over(shape):
-                        continue
-                    case = Case(features, rank, rows, adapters, dtype, device)
-                    case.check()
-                    found = report.row("multi_lora", shape, case.time(), case.nbytes, at.bandwidth, base="linear")
-                    report.show(found)
-                    made.append(found)
+    for shape in shapes(at.quick):
+        if at.budget.over(str(shape)):
+            continue
+        case = Case(shape)
+        case.check()
+        timed = case.time()
+        about = {"rank": shape.rank, "rows": shape.rows, "adapters": shape.adapters, "chosen": timed["chosen"]}
+        found = report.row("multi_lora", str(shape), timed["us"], case.nbytes, at.bandwidth, "linear", **about)
+        report.show(found)
+        made.append(found)
+        del case
+        if measure.device().type == "cuda":
+            torch.cuda.empty_cache()
     return made
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return []
+    """Of the shapes that were measured."""
+    ours, aim = report.OURS, report.target
+    by = {r["shape"]: r for r in rows}
+    many, prefill, peft = by.get(str(MANY)), by.get(str(PREFILL)), [r for r in rows if "peft" in r["us"]]
+    decode = [(by[str(s)]["overhead"][ours], str(s)) for s in DECODE if str(s) in by]
+    most, shape = max(decode, default=(None, ""))
+    made = [
+        aim("o_proj, rank 16, 1-64 rows, up to 8 adapters: most over the linear", 0.22, most, note=shape),
+        aim("64 rows, 64 adapters: times its byte floor", 1.8, many and many["us"][ours] / many["floor_us"]),
+        aim("o_proj, 4096 rows, 8 adapters: over the linear", 0.22, prefill and prefill["overhead"][ours]),
+    ]
+    rivals_named = {"vllm tuned": 1.5, "sglang v2": 1.15, "vllm": 1.0, "sglang triton": 1.0, "sglang csgmv": 1.0}
+    for rival, limit in rivals_named.items():
+        both = [r for r in rows if rival in r.get("overhead", {})]
+        ratio = geometric_mean(_over(r, rival) / _over(r, ours) for r in both) if both else None
+        made.append(aim(f"{rival}'s overhead over ours, geometric mean", limit, ratio, True, f"{len(both)} shapes"))
+    raced = [(_against_best(r), r["shape"]) for r in rows if len(r.get("overhead", {})) > 1]
+    least, shape = min(raced, default=(None, ""))
+    made.append(aim("base and LoRA, the best rival's time over ours, worst shape", 0.95, least, True, shape))
+    ratio = geometric_mean(r["us"]["peft"] / r["us"][ours] for r in peft) if peft else None
+    return [*made, aim("LoRA part: PEFT's time over ours", 5.0, ratio, True, f"{len(peft)} shapes")]
+
+
+def _over(row: dict[str, Any], way: str) -> float:
+    return max(float(row["overhead"][way]), 1e-3)  # nothing, within the noise
+
+
+def _against_best(row: dict[str, Any]) -> float:
+    ends = " + base"
+    best = min(t for n, t in row["us"].items() if n.endswith(ends) and n != report.OURS + ends)
+    return float(best / row["us"][report.OURS + ends])

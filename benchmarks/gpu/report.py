@@ -63,16 +63,18 @@ def show(made: Mapping[str, Any]) -> None:
     print(line(made), flush=True)
 
 
-def target(name: str, limit: float, measured: float | None, at_least: bool = False) -> dict[str, Any]:
-    """What was aimed at and what came of it; ``measured`` None: its shapes were left out."""
+def target(name: str, limit: float, measured: float | None, at_least: bool = False, note: str = "") -> dict[str, Any]:
+    """What was aimed at and what came of it; ``measured`` None: its shapes or rivals were left out."""
     met = None if measured is None else bool(measured >= limit if at_least else measured <= limit)
-    return {"name": name, "limit": limit, "measured": measured, "at_least": at_least, "met": met}
+    return {"name": name, "limit": limit, "measured": measured, "at_least": at_least, "met": met, "note": note}
 
 
-def told(aimed: Mapping[str, Any]) -> str:
+def told(aimed: Mapping[str, Any]) -> list[str]:
+    """Its name, limit, measurement and verdict."""
     measured = "not measured" if aimed["measured"] is None else f"{aimed['measured']:.3g}"
+    note = f" ({aimed['note']})" if aimed["note"] else ""
     verdict = {None: "-", True: "met", False: "MISSED"}[aimed["met"]]
-    return f"{aimed['name']}: {'>=' if aimed['at_least'] else '<='} {aimed['limit']:.3g} / {measured} / {verdict}"
+    return [aimed["name"], f"{'>=' if aimed['at_least'] else '<='} {aimed['limit']:.3g}", measured + note, verdict]
 
 
 def commit() -> str:
@@ -134,9 +136,7 @@ def tables(results: Mapping[str, Any]) -> str:
             out += [f"Failed: {part['failed']}", ""]
         if part["targets"]:
             out += ["| target | limit | measured | |", "| --- | --- | --- | --- |"]
-            for aimed in part["targets"]:
-                at, measured, verdict = told(aimed).removeprefix(f"{aimed['name']}: ").split(" / ")
-                out.append(f"| {aimed['name']} | {at} | {measured} | {verdict} |")
+            out += [f"| {' | '.join(told(aimed))} |" for aimed in part["targets"]]
             out.append("")
         if part["rows"]:
             out += _table(part["rows"])
