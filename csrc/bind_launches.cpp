@@ -27,6 +27,10 @@ bool read_operands(PyObject* const* operands, Py_ssize_t count, std::string* key
     uintptr_t address = 0;
     if (operands[i] == Py_None) {
       append(key, -1);
+    } else if (PyLong_CheckExact(operands[i])) {
+      append(key, -2);
+      append(key, PyLong_AsLongLong(operands[i]));
+      if (PyErr_Occurred()) throw py::error_already_set();
     } else {
       TensorView v;
       if (!try_view(operands[i], &v) || (!v.data && count_of(v)) || !v.dtype.bits || !v.device.type) return false;

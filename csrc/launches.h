@@ -8,8 +8,8 @@
 
 namespace lora_fuse {
 
-// All that launches may depend on, of operands that are tensors or None: dtypes, devices, shapes, strides, and addresses
-// modulo 16. False where an operand has no strided memory.
+// All that launches may depend on, of operands that are tensors, integers or None: values, dtypes, devices, shapes,
+// strides, and addresses modulo 16. False where an operand has no strided memory.
 bool read_operands(PyObject* const* operands, Py_ssize_t count, std::string* key, pybind11::tuple* addresses);
 
 // Calls what `ready`, a dict, has under the operands' key with their addresses. False, and nothing done, if there is

@@ -7,7 +7,9 @@ operands), as ``Prepared``: compiled kernels, grids and arguments, in which only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
@@ -20,6 +22,7 @@ from triton import knobs
 
 from lora_fuse import _cpu
 
+Operands = Sequence[Tensor | int | None]
 _MOST_PREPARED = 4096  # of one op; a batch of another size is another entry
 _KNOWS_LAUNCHER = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
 _compiled: dict[int, Any] = {}  # every kernel that was asked for, by id
@@ -57,18 +60,46 @@ class Launch:
         """Launch, on the current device and stream; compiled first if need be. Returns Triton's compiled kernel."""
         return _counted(self.kernel[self.grid](*self.args, **self.constexprs, **self.options))
 
-    def compile(self) -> Any:
-        """Compile as ``run`` would, and launch nothing; tensors may be on the meta device."""
-        given = {**self.constexprs, **self.options}
-        return _counted(self.kernel.run(*self.args, grid=self.grid, warmup=True, **given))
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """All that chooses the compiled kernel, for tensors of the same dtypes and alignments."""
+        sizes = []
+        for value, parameter in zip(self.bound, self.kernel.params, strict=True):
+            if isinstance(value, int) and not parameter.is_constexpr:
+                wide = not -(2**31) <= value < 2**31
+                sizes.append((wide,) if parameter.do_not_specialize else (wide, value == 1, value % 16 == 0))
+            else:
+                sizes.append((value is None,))
+        return self.kernel, tuple(self.constexprs.items()), tuple(self.options.items()), tuple(sizes)
+
+
+def compile_all(launches: Iterable[Launch], device: torch.device) -> int:
+    """Compile and load what these would run, side by side, and launch nothing. Returns how many kernels there are.
+
+    Args:
+        launches: their tensors may be on the meta device.
+        device: where they would run.
+    """
+    with on_device(device):
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, triton.AsyncCompileMode(threads):
+            asked = [
+                each.kernel.run(*each.args, grid=each.grid, warmup=True, **each.constexprs, **each.options)
+                for each in launches
+            ]
+        kernels = {id(kernel): kernel for kernel in map(_counted, asked)}
+        for kernel in kernels.values():
+            kernel._init_handles()
+    return len(kernels)
 
 
 def compilations() -> int:
-    """How many different kernels this process has asked Triton for, by ``run`` or by ``compile``."""
+    """How many different kernels this process has asked Triton for."""
     return len(_compiled)
 
 
 def _counted(kernel: Any) -> Any:
+    if isinstance(kernel, triton.FutureKernel):
+        kernel = kernel.result()
     if kernel is not None:
         _compiled.setdefault(id(kernel), kernel)
     return kernel
@@ -93,12 +124,12 @@ class Arguments:
         return values
 
 
-def arguments_of(launches: Sequence[Launch], operands: Sequence[Tensor | None]) -> Arguments | None:
+def arguments_of(launches: Sequence[Launch], operands: Operands) -> Arguments | None:
     """What hangs on the operands' addresses, and what does not.
 
     Args:
         launches: their tensors are operands, views of operands, or declared as scratch.
-        operands: the op's.
+        operands: the op's; launches may hang on the values of integers.
     Returns:
         None if it cannot be told where a tensor would lie next time.
     """
@@ -124,13 +155,13 @@ def arguments_of(launches: Sequence[Launch], operands: Sequence[Tensor | None]) 
     return made
 
 
-def _place(tensor: Tensor, bases: Sequence[Tensor | None], views: list[tuple[int, int]]) -> tuple[str, int] | None:
+def _place(tensor: Tensor, bases: Operands, views: list[tuple[int, int]]) -> tuple[str, int] | None:
     """Which address is the tensor's; new ones go into ``views``. None: it may hang on several operands, or on none."""
     for i, base in enumerate(bases):
         if base is tensor:
             return "base", i
     memory = tensor.untyped_storage().data_ptr()
-    owners = [(i, t) for i, t in enumerate(bases) if t is not None and t.untyped_storage().data_ptr() == memory]
+    owners = [(i, t) for i, t in enumerate(bases) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() == memory]
     at_start = [(i, t) for i, t in owners if t.data_ptr() == tensor.data_ptr()]
     for found in (at_start, owners):
         if len(found) == 1:
@@ -179,19 +210,19 @@ class Prepared:
             start(*grid, stream, function, metadata, None, None, None, *pick(values))
 
 
-def prepare(launches: Sequence[Launch], kernels: Sequence[Any], operands: Sequence[Tensor | None]) -> Prepared | None:
+def prepare(launches: Sequence[Launch], kernels: Sequence[Any], operands: Operands) -> Prepared | None:
     """What makes these launches again, or None where Triton's own way is the only one: in the interpreter, and for
     versions of Triton that this does not know."""
-    device = next(t.device for t in operands if t is not None)
+    device = next(t.device for t in operands if isinstance(t, Tensor))
     if not _KNOWS_LAUNCHER or device.type != "cuda" or any(kernel is None for kernel in kernels):
         return None
     arguments = arguments_of(launches, operands)
     return None if arguments is None else Prepared(launches, kernels, arguments, device)
 
 
-def run(launches: Sequence[Launch], operands: Sequence[Tensor | None], ready: dict[bytes, Prepared]) -> None:
+def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Prepared]) -> None:
     """Launch in order, on the device of the operands, and put what makes the launches again into ``ready``."""
-    device = next(t.device for t in operands if t is not None)
+    device = next(t.device for t in operands if isinstance(t, Tensor))
     with on_device(device):
         kernels = [launch.run() for launch in launches]
         key = _cpu.operand_key(tuple(operands))

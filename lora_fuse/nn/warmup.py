@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.slab import SlabLayout
 from lora_fuse.functional import multi_lora, sparse_delta_linear
@@ -18,26 +20,36 @@ from lora_fuse.nn.sparse_site import LinearSlots
 
 
 @torch.no_grad()
-def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
+def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64), max_tokens: int = 8192) -> int:
     """Run every distinct kind of attached layer's adapter part once, on zeros: LoRA factors, joint bases
-    and cores, sparse deltas.
+    and cores, sparse deltas. On a GPU, first compile all the kernels of LoRA factors that serving can reach.
 
     On a CPU this loads the native library, settles the instruction set and starts the thread pool; the kernels
-    themselves were compiled when the package was built. On a device whose kernels are compiled at run time it compiles
-    those for the layer sizes and dtypes of this model. It never runs the model itself, so what ``torch.compile`` makes
-    of it is not warmed. Norms, embeddings and heads of sparse adapters are plain torch, with nothing to get ready.
+    themselves were compiled when the package was built. On a CUDA device kernels are compiled at run time, so without
+    this the first batches of a new kind wait for a compiler. Compiled is what forwards of 1 to ``max_tokens`` rows
+    need, in whatever mixes and whichever adapters are put or swapped, captured or not: for layer inputs that are dense
+    in memory and rows of at most ``max_pairs`` adapters (``attach``). It takes seconds to minutes, once: Triton keeps
+    what it compiled on disk. It never runs the model itself, so what ``torch.compile`` makes of it is not warmed.
+    Norms, embeddings and heads of sparse adapters are plain torch, with nothing to get ready.
 
     Args:
         model: an attached model.
         num_tokens: batch sizes, in rows, to run.
+        max_tokens: the largest batch to compile for, in rows.
     Returns:
         How many distinct (LoRA, joint or sparse, sizes, dtype, device) were run.
     Raises:
-        ValueError: the model is not attached, or ``num_tokens`` holds something other than integers from 0.
+        ValueError: the model is not attached, ``num_tokens`` holds something other than integers from 0, or
+            ``max_tokens`` is not an integer from 1.
     """
     if not isinstance(num_tokens, Sequence) or any(type(n) is not int or n < 0 for n in num_tokens):
         raise ValueError(f"num_tokens: got {num_tokens!r}, accepted is a sequence of integers from 0")
+    if type(max_tokens) is not int or max_tokens < 1:
+        raise ValueError(f"max_tokens: got {max_tokens!r}, accepted is an integer from 1")
     seen, attachment = set(), attachment_of(model)
+    for device in {pool.pool_a.device for pool, _ in _lora_sites(attachment)}:
+        if device.type == "cuda":
+            _compile(attachment, device, max_tokens)
     for op, pool, slots, sizes, like, columns in _parts(attachment):
         kind = (op, sizes, like.dtype, like.device, columns)
         if kind in seen:
@@ -56,6 +68,43 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64)) -> int:
                 layout.write(slab, routing)
                 op(x, pool, layout.routing(slab), out=y)
     return len(seen)
+
+
+def _compile(attachment: Attachment, device: torch.device, max_tokens: int) -> None:
+    try:
+        from lora_fuse.kernels.launch import compile_all
+    except ImportError:  # no Triton: plain torch runs
+        return
+    compile_all(reachable(attachment, device, max_tokens, "hip" if torch.version.hip else "cuda"), device)
+
+
+def reachable(attachment: Attachment, device: torch.device, max_tokens: int, backend: str) -> Iterator[Any]:
+    """Every launch of LoRA layers on a device that forwards of 1 to ``max_tokens`` rows can make, of each kind one."""
+    from lora_fuse.kernels.reach import multi_lora_launches, routing_launches
+
+    serving, seen = attachment.serving, set()
+    yield from routing_launches(serving.physical_slots, max_tokens, serving.max_pairs)
+    for pool, columns in _lora_sites(attachment):
+        tensors = pool.tensors
+        kind = [(tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
+        if pool.pool_a.device == device and (*kind, columns) not in seen:
+            seen.add((*kind, columns))
+            yield from multi_lora_launches(tensors, columns, max_tokens, serving.max_pairs, backend)
+
+
+def _lora_sites(attachment: Attachment) -> Iterator[tuple[AdapterPool, tuple[int, int]]]:
+    """Each pool, and where its output may lie: the first column, and how many there are with packed siblings'."""
+    for layer in attachment.layers.values():
+        yield layer.lora_pool, (0, layer.lora_pool.out_features)
+    for site in attachment.sparse.values():
+        for pool in site.lora_sparse.pools if isinstance(site.lora_sparse, JointSlots) else ():
+            yield pool, (0, pool.out_features)
+    for pack, _ in attachment.packs:
+        sizes = pack.sizes
+        for i, packed in enumerate(pack.pools if pack.live else ()):
+            for first, end in product(range(i + 1), range(i + 1, len(sizes) + 1)):  # neighbours may run without others
+                if packed is not None and end - first > 1:
+                    yield packed, (sum(sizes[first:i]), sum(sizes[first:end]))
 
 
 _Part = tuple[Callable[..., Tensor], Any, list[int], tuple[int, int], Tensor, tuple[int, int]]

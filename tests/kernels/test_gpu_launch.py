@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_pool
+from nn_models import Mlp, adapter
 from triton import knobs
 
+import lora_fuse as lf
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
+from lora_fuse.kernels import launch
 from lora_fuse.kernels import multi_lora as kernels
 from lora_fuse.ops import multi_lora as op
 
 pytestmark = pytest.mark.gpu
+PATHS = ("up", "down", "out")
 
 
 class TestMadeAgain:
@@ -92,3 +96,28 @@ class TestMadeAgain:
                 multi_lora(x[1:], self.pool, self.routing)
             with pytest.raises(ValueError, match="out: is on cpu"):
                 multi_lora(x, self.pool, self.routing, out=torch.zeros(5, 256).bfloat16())
+
+
+def test_nothing_is_compiled_after_warmup(monkeypatch):
+    model = lf.attach(
+        Mlp().requires_grad_(False).cuda(), {n: adapter(Mlp(), PATHS, r) for n, r in (("a", 2), ("b", 5))}
+    )
+    lf.warmup(model, max_tokens=200)
+    asked, before = [], launch.compilations()
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **compiling: bool(asked.append(compiling["repr"])))
+    side = torch.cuda.Stream()
+    for stream in (torch.cuda.default_stream(), side):
+        with torch.cuda.stream(stream), torch.no_grad():
+            for names in (["a"], ["a", None, "b"], [{"a": 0.5, "b": 1.0}, "b"], [{"a": 0.5}], ["b"] * 16):
+                for rows in (1, 2, 12, 16, 50, 200):
+                    lf.set_adapters(model, [names[i % len(names)] for i in range(rows)])
+                    model(torch.randn(rows, 24, device="cuda"))
+            for rows in (1, 100, 129, 200):
+                slots = torch.tensor([-1, *lf.adapter_slots(model).values()], dtype=torch.int32, device="cuda")
+                lf.set_adapters(model, slots[torch.arange(rows, device="cuda") % 3])
+                model(torch.randn(rows, 24, device="cuda"))
+            lf.set_adapters(model, None)
+            lf.swap_adapter(model, "b", adapter(Mlp(), PATHS, 1))
+    assert not asked
+    assert launch.compilations() == before
+    assert before > 10

@@ -215,7 +215,9 @@ class TestKeys:
             base.view(-1),
             base.view(-1)[1:41].view(5, 8),
         ]
-        keys = [_cpu.operand_key((t,)) for t in seen] + [_cpu.operand_key((None,)), _cpu.operand_key((None, None))]
+        keys = [_cpu.operand_key((t,)) for t in seen] + [
+            _cpu.operand_key(other) for other in ((None,), (None, None), (0,), (-1,))
+        ]
         assert None not in keys
         assert len(set(keys)) == len(keys)
         assert _cpu.operand_key((torch.ones(6, 8),)) == keys[0]

@@ -383,6 +383,9 @@ def test_pool_and_warmup_arguments(bare: Mlp) -> None:
     for wrong in (5, [-1], ["1"], "12"):
         with pytest.raises(ValueError, match=r"num_tokens: got .*accepted is a sequence of integers"):
             lf.warmup(model, wrong)  # type: ignore[arg-type]
+    for wrong in (0, 1.0, True):
+        with pytest.raises(ValueError, match=r"max_tokens: got .*accepted is an integer from 1"):
+            lf.warmup(model, max_tokens=wrong)  # type: ignore[arg-type]
 
 
 def test_the_argument_of_a_missing_adapter_is_named(bare: Mlp) -> None:

@@ -1,0 +1,113 @@
+"""Every launch that serving can come to make, found without making one: what has to be compiled beforehand.
+
+Which kernel a launch takes hangs on the layer, on how many rows and pairs a batch has and on the form of its routing.
+Batch sizes choose among few plans, whose bounds are searched for; tensors that only tell sizes are on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from lora_fuse.kernels.configs import tile_capacity
+from lora_fuse.kernels.launch import Launch
+from lora_fuse.kernels.multi_lora import launches
+from lora_fuse.kernels.routing import sort_launch, tiles_launch
+
+Sized = Callable[[int], list[Launch]]
+_EVERY = 16  # sizes up to here are all tried, and then steps of a 16th
+
+
+def sizes_of_each(made: Sized, least: int, most: int) -> list[int]:
+    """The least size of every run of sizes from ``least`` to ``most`` for which ``made`` takes the same kernels.
+
+    A run that lies between two neighbours that were tried, and takes other kernels than both of them, is not found.
+    """
+
+    def what(size: int) -> tuple[object, ...]:
+        return tuple([launch.variant for launch in made(size)])
+
+    found, before, size = [least], what(least), least
+    while size < most:
+        tried = min(size + max(size // _EVERY, 1), most)
+        now = what(tried)
+        if now != before:
+            found += _bounds(what, size, before, tried, now)
+        size, before = tried, now
+    return found
+
+
+def _bounds(
+    what: Callable[[int], tuple[object, ...]], low: int, at_low: object, high: int, at_high: object
+) -> list[int]:
+    """Where it changes in ``(low, high]``."""
+    if at_low == at_high:
+        return []
+    if high - low == 1:
+        return [high]
+    middle = (low + high) // 2
+    at_middle = what(middle)
+    return [*_bounds(what, low, at_low, middle, at_middle), *_bounds(what, middle, at_middle, high, at_high)]
+
+
+def multi_lora_launches(
+    pool: tuple[Tensor, Tensor, Tensor, Tensor],
+    columns: tuple[int, int],
+    most_rows: int,
+    most_pairs: int,
+    backend: str,
+) -> Iterator[Launch]:
+    """What ``multi_lora`` can launch, for every form of routing: with weights or without, padded or not, rows with
+    several pairs or none.
+
+    Args:
+        pool: ``(pool_a, pool_b, slot_rank, slot_scaling)``, the layer's own: where they lie counts.
+        columns: where the output lies: its first column, and how many there are with packed siblings'.
+        most_rows: of the flattened input.
+        most_pairs: of a row.
+        backend: Triton's name of the device kind.
+    """
+    pool_a, pool_b, slot_rank, _ = pool
+    start, total = columns
+    num_slots, dtype = slot_rank.shape[0], pool_a.dtype
+
+    def made(num_rows: int, num_pairs: int, weights: bool, mixes: bool) -> list[Launch]:
+        x = torch.empty(num_rows, pool_a.shape[1], dtype=dtype, device="meta")
+        out = torch.empty(num_rows, total, dtype=dtype, device="meta")[:, start : start + pool_b.shape[1]]
+        routing = (
+            _ints(num_pairs),
+            torch.empty(num_pairs, device="meta") if weights else None,
+            _ints(num_slots + 1),
+            _ints(num_rows + 1) if mixes else None,
+            _ints(num_pairs) if mixes else None,
+        )
+        return launches(out, x, pool, routing, _ints(tile_capacity(num_pairs, num_slots), 4), backend)
+
+    for weights, mixes in product((False, True), repeat=2):
+        at_once = most_pairs if mixes else 1
+        for pairs in sizes_of_each(lambda n: made(most_rows, n, weights, mixes), 1, most_rows * at_once):  # noqa: B023
+            least_rows = -(-pairs // at_once)
+            for rows in sizes_of_each(lambda n: made(n, pairs, weights, mixes), least_rows, most_rows):  # noqa: B023
+                yield from made(rows, pairs, weights, mixes)
+
+
+def routing_launches(num_slots: int, most_rows: int, most_pairs: int) -> Iterator[Launch]:
+    """What building a routing on the device can launch. Args: as above, ``num_slots`` of the pools."""
+    starts = _ints(num_slots + 1)
+
+    def sort(num_rows: int) -> list[Launch]:
+        return [sort_launch(_ints(num_rows), _ints(num_rows), starts, _ints(1))]
+
+    def tiles(num_pairs: int) -> list[Launch]:
+        return [tiles_launch(starts, _ints(tile_capacity(num_pairs, num_slots), 4), num_pairs)]
+
+    for made, most in ((sort, most_rows), (tiles, most_rows * most_pairs)):
+        for size in sizes_of_each(made, 1, most):
+            yield from made(size)
+
+
+def _ints(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
