@@ -66,8 +66,9 @@ def run_part(name: str, seconds: float, quick: bool, bandwidth: float) -> dict[s
             part.check()
             print(f"[{name}] all ways are right ({time.perf_counter() - started:.0f} s)", flush=True)
             budget = measure.Budget(seconds - (time.perf_counter() - started), made["left_out"])
-            made["rows"] = part.run(measure.Setting(bandwidth, budget, quick))
-            made["targets"] = part.targets(made["rows"])
+            for row in part.run(measure.Setting(bandwidth, budget, quick)):
+                made["rows"].append(row)
+        made["targets"] = part.targets(made["rows"])
     except (Exception, SystemExit) as problem:
         traceback.print_exc()
         made["failed"] = f"{type(problem).__name__}: {problem}".splitlines()[0]

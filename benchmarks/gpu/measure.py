@@ -77,6 +77,11 @@ def require(name: str, got: Tensor, want: Tensor, limit: float) -> float:
     return found
 
 
+def tell(name: str, problem: BaseException) -> None:
+    """That a rival is left out, and why."""
+    print(f"left out: {name}: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}")
+
+
 def captured(call: Callable[[int], Any], copies: int, pool: Any = None) -> torch.cuda.CUDAGraph:
     """A graph of ``call(0) ... call(copies - 1)``, each of which runs on the very stream before, to compile."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -101,6 +106,7 @@ def device_us(
     rounds: int = 20,
     seconds: float = 2.0,
     eager: Collection[str] = (),
+    may_fail: Collection[str] = (),
 ) -> dict[str, float]:
     """Microseconds a call: the median over rounds, in each of which every way runs once over all copies.
 
@@ -109,17 +115,23 @@ def device_us(
         rounds: at most; at least 5, even if they take longer than ``seconds``.
         eager: names that cannot be captured (they wait for the host). Their time is that of calls queued behind a
             busy GPU, so host time shows only where they wait.
+        may_fail: names that are told and left out if they raise; whatever else raises does.
     """
     if device().type == "cpu":
         return _host_us(calls, copies)
     pool = torch.cuda.graph_pool_handle()
     runs: dict[str, Callable[[], Any]] = {}
     for name, call in calls.items():
-        if name in eager:
-            call(0)
-            runs[name] = lambda call=call: [call(i) for i in range(copies)]
-        else:
-            runs[name] = captured(call, copies, pool).replay
+        try:
+            if name in eager:
+                call(0)
+                runs[name] = lambda call=call: [call(i) for i in range(copies)]
+            else:
+                runs[name] = captured(call, copies, pool).replay
+        except Exception as problem:
+            if name not in may_fail:
+                raise
+            tell(name, problem)
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in runs}
     started, done = time.perf_counter(), 0

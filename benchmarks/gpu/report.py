@@ -14,6 +14,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 OURS = "lora_fuse"
+_WHOLE = " + base"
 
 
 def row(
@@ -37,26 +38,35 @@ def row(
     """
     made: dict[str, Any] = {"op": op, "shape": shape, "us": dict(us), "bytes": nbytes, **more}
     made["floor_us"] = nbytes / bandwidth * 1e6
-    made["gb_per_s"] = {n: nbytes / t / 1e3 for n, t in us.items() if n != base and not n.endswith(" + base")}
+    made["gb_per_s"] = {n: nbytes / t / 1e3 for n, t in us.items() if n != base and not n.endswith(_WHOLE)}
     made["of_bandwidth"] = {n: g * 1e9 / bandwidth for n, g in made["gb_per_s"].items()}
     if base is not None:
-        ends = " + base"
-        made["overhead"] = {n.removesuffix(ends): t / us[base] - 1 for n, t in us.items() if n.endswith(ends)}
+        made["overhead"] = {n.removesuffix(_WHOLE): t / us[base] - 1 for n, t in us.items() if n.endswith(_WHOLE)}
     return made
 
 
+def names(made: Mapping[str, Any]) -> list[str]:
+    """The ways of a row, whether they were timed alone, with the base, or both."""
+    return list(dict.fromkeys(n.removesuffix(_WHOLE) for n in made["us"]))
+
+
+def cell(made: Mapping[str, Any], way: str) -> str:
+    """A way's time, rate and share of the bandwidth if it was timed alone; its time with the base, and overhead."""
+    us, said = made["us"], []
+    if way in us:
+        said.append(f"{us[way]:.1f}")
+    if way in made["gb_per_s"]:
+        said.append(f"{made['gb_per_s'][way]:.0f} GB/s {made['of_bandwidth'][way]:.0%}")
+    if way + _WHOLE in us:
+        over = made.get("overhead", {}).get(way)
+        said.append(f"whole {us[way + _WHOLE]:.1f}" + (f" {over:+.1%}" if over is not None else ""))
+    return ", ".join(said)
+
+
 def line(made: Mapping[str, Any]) -> str:
-    """A row for reading: each way's time, share of the bandwidth and overhead over the base."""
-    cells = []
-    for name, t in made["us"].items():
-        if name.endswith(" + base"):
-            continue
-        share = made["of_bandwidth"].get(name)
-        over = made.get("overhead", {}).get(name)
-        cells.append(
-            f"{name} {t:.1f}" + (f" {share:.0%}" if share is not None else "") + (f" {over:+.1%}" if over else "")
-        )
-    return f"{made['op']} {made['shape']}: floor {made['floor_us']:.1f} us | " + " | ".join(cells)
+    """A row for reading."""
+    cells = [f"{name} {cell(made, name)}" for name in names(made)]
+    return f"{made['op']} {made['shape']}: floor {made['floor_us']:.1f} us | {' | '.join(cells)}"
 
 
 def show(made: Mapping[str, Any]) -> None:
@@ -146,25 +156,14 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Microseconds, share of the copy bandwidth, overhead over the base, a column a way."""
-    names = list(dict.fromkeys(n for r in rows for n in r["us"] if not n.endswith(" + base")))
+    columns = list(dict.fromkeys(n for r in rows for n in names(r)))
     out = [
-        "Cells: microseconds, GB/s, share of the copy bandwidth, overhead over the base.",
+        "Cells: microseconds, rate and share of the copy bandwidth alone; microseconds with the base, and over it.",
         "",
-        f"| shape | floor us | {' | '.join(names)} |",
-        "| --- | --- |" + " --- |" * len(names),
+        f"| shape | floor us | {' | '.join(columns)} |",
+        "| --- | --- |" + " --- |" * len(columns),
     ]
     for r in rows:
-        cells = []
-        for name in names:
-            if name not in r["us"]:
-                cells.append("")
-                continue
-            cell = f"{r['us'][name]:.1f}"
-            if name in r["gb_per_s"]:
-                cell += f", {r['gb_per_s'][name]:.0f}, {r['of_bandwidth'][name]:.0%}"
-            if name in r.get("overhead", {}):
-                cell += f", {r['overhead'][name]:+.1%}"
-            cells.append(cell)
+        cells = [cell(r, name) for name in columns]
         out.append(f"| {r['op']} {r['shape']} | {r['floor_us']:.1f} | {' | '.join(cells)} |")
     return [*out, ""]

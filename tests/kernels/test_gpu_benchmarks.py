@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, measure, report, rival_ways
+from benchmarks.gpu import PARTS, measure, multi_lora, report, rival_ways
 from benchmarks.gpu.__main__ import main, run_part
 
 interpreted = pytest.mark.skipif(
@@ -24,19 +26,45 @@ def test_every_part_runs(name):
     assert made["rows"]
     assert not made["left_out"]
     for row in made["rows"]:
-        assert report.OURS in row["us"]
+        assert report.OURS in report.names(row)
     assert report.tables({"card": "x", "parts": {name: made}})
 
 
 @interpreted
 def test_a_part_that_is_wrong_is_not_timed(monkeypatch, capsys):
-    wrong = rival_ways.Way(lambda y, i: y.add_(1e-2))
-    monkeypatch.setattr(rival_ways, "_mm_loop", lambda problem: wrong)
+    monkeypatch.setattr(multi_lora, "in_interpreter", lambda y, *args: y.add_(1e-2))
     with pytest.raises(SystemExit, match="failed: multi_lora"):
         main(["--dry", "--only", "multi_lora", "--quick"])
     said = capsys.readouterr().out
-    assert "mm loop: error" in said
+    assert "lora_fuse: error" in said
     assert "floor" not in said
+
+
+@interpreted
+def test_rivals_that_are_wrong_or_fail_are_told_and_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(rival_ways, "_mm_loop", lambda problem: rival_ways.Way(lambda y, i: y.add_(1e-2)))
+    monkeypatch.setattr(rival_ways, "_gathered_bmm", lambda problem: rival_ways.Way(lambda y, i: y.no_such_thing))
+    case = multi_lora.Case(multi_lora.TINY[0], 1)
+    case.check()
+    said = capsys.readouterr().out
+    assert report.OURS in case.ways
+    assert not {"mm loop", "gathered bmm"} & set(case.ways)
+    assert "left out: mm loop of tiny" in said
+    assert "left out: gathered bmm of tiny" in said
+
+
+def test_rows_before_a_failure_are_kept(monkeypatch):
+    part = types.ModuleType("benchmarks.gpu.failing")
+
+    def run(at):
+        yield {"shape": "first"}
+        raise RuntimeError("the card is lost")
+
+    part.check, part.run = lambda: None, run
+    monkeypatch.setitem(sys.modules, part.__name__, part)
+    made = run_part("failing", 1.0, True, 1e9)
+    assert made["rows"] == [{"shape": "first"}]
+    assert made["failed"] == "RuntimeError: the card is lost"
 
 
 def test_a_budget_that_is_spent_names_what_it_left_out():
@@ -73,5 +101,5 @@ def test_results_are_kept_by_part(tmp_path):
     text = path.with_suffix(".md").read_text()
     for said in ("| t | <= 1 | 0.5 | met |", "| t | <= 1 | 1 | met |", "| u | >= 1 | not measured | - |"):
         assert said in text
-    assert "| op s | 1.0 | 0.5, 2000, 200%, -25.0% | 2.0 |" in text
+    assert "| op s | 1.0 | 0.5, 2000 GB/s 200%, whole 1.5 -25.0% | 2.0 |" in text
     assert "Left out for want of time: z." in text
