@@ -1,5 +1,5 @@
-// Kernel launches on a GPU that were made before, found again by what they depend on. No CUDA here: what was found is a
-// Python callable that takes the operands' addresses.
+// Kernel launches on a GPU that were made before, found again by what they depend on. No CUDA header here: what was found
+// is a Python callable that takes the operands' addresses, or DirectLaunches, which call the driver where it lies.
 #pragma once
 
 #include <pybind11/pybind11.h>

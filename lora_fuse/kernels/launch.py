@@ -21,10 +21,13 @@ from torch import Tensor
 from triton import knobs
 
 from lora_fuse import _cpu
+from lora_fuse.kernels.direct import direct_launches
 
 Operands = Sequence[Tensor | int | None]
 _MOST_PREPARED = 4096  # of one op; a batch of another size is another entry
 _KNOWS_LAUNCHER = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
+# Whether launches are made without Triton's launcher, see direct.py.
+DIRECT = os.environ.get("LORA_FUSE_DIRECT_LAUNCH") == "1"
 _compiled: dict[int, Any] = {}  # every kernel that was asked for, by id
 
 
@@ -108,10 +111,12 @@ def _counted(kernel: Any) -> Any:
 class Arguments:
     """The values of launches' parameters, for operands that lie elsewhere. Made by ``arguments_of``."""
 
-    __slots__ = ("constants", "picks", "scratch", "views")
+    __slots__ = ("constants", "picks", "places", "scratch", "views")
 
     def __init__(self) -> None:
         self.scratch: list[tuple[torch.Size, torch.dtype]] = []
+        # Of each launch: (operand or scratch by number, bytes from its address), or (-1, the value itself).
+        self.places: list[list[tuple[int, Any]]] = []
         self.views: list[tuple[int, int]] = []  # which address it hangs on, and bytes from there
         self.constants: list[Any] = []
         self.picks: list[Callable[[list[Any]], tuple[Any, ...]]] = []  # of each launch, out of ``values``
@@ -137,36 +142,37 @@ def arguments_of(launches: Sequence[Launch], operands: Operands) -> Arguments | 
     bases = [*operands, *scratch]
     made = Arguments()
     made.scratch = [(t.shape, t.dtype) for t in scratch]
-    rows: list[list[tuple[str, int]]] = []
     for launch in launches:
-        row = []
-        for value in launch.bound:
-            place: tuple[str, int] | None = ("constant", len(made.constants))
-            if isinstance(value, Tensor):
-                place = _place(value, bases, made.views)
+        places = [_place(value, bases) if isinstance(value, Tensor) else (-1, value) for value in launch.bound]
+        if None in places:
+            return None
+        made.places.append([place for place in places if place is not None])
+    made.views = [*dict.fromkeys(place for row in made.places for place in row if place[0] >= 0 and place[1])]
+    made.constants = [value for row in made.places for base, value in row if base < 0]
+    first_view, at = len(bases), len(bases) + len(made.views)
+    for row in made.places:
+        index = []
+        for base, value in row:
+            if base < 0:
+                index.append(at)
+                at += 1
             else:
-                made.constants.append(value)
-            if place is None:
-                return None
-            row.append(place)
-        rows.append(row)
-    first = {"base": 0, "view": len(bases), "constant": len(bases) + len(made.views)}
-    made.picks = [itemgetter(*[first[kind] + i for kind, i in row]) for row in rows]
+                index.append(first_view + made.views.index((base, value)) if value else base)
+        made.picks.append(itemgetter(*index))
     return made
 
 
-def _place(tensor: Tensor, bases: Operands, views: list[tuple[int, int]]) -> tuple[str, int] | None:
-    """Which address is the tensor's; new ones go into ``views``. None: it may hang on several operands, or on none."""
+def _place(tensor: Tensor, bases: Operands) -> tuple[int, Any] | None:
+    """Whose memory the tensor is, and bytes from there. None: it may hang on several operands, or on none."""
     for i, base in enumerate(bases):
         if base is tensor:
-            return "base", i
+            return i, 0
     memory = tensor.untyped_storage().data_ptr()
     owners = [(i, t) for i, t in enumerate(bases) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() == memory]
     at_start = [(i, t) for i, t in owners if t.data_ptr() == tensor.data_ptr()]
     for found in (at_start, owners):
         if len(found) == 1:
-            views.append((found[0][0], tensor.data_ptr() - found[0][1].data_ptr()))
-            return "view", len(views) - 1
+            return found[0][0], tensor.data_ptr() - found[0][1].data_ptr()
     return None
 
 
@@ -192,7 +198,7 @@ class Prepared:
 
     def __call__(self, addresses: tuple[int, ...]) -> bool:
         """Launch on operands that lie there; False, and nothing done, if Triton's own way has to."""
-        if _hooked():
+        if hooked():
             return False
         if torch._C._cuda_getDevice() == self.device.index:
             self._launch(addresses)
@@ -210,17 +216,22 @@ class Prepared:
             start(*grid, stream, function, metadata, None, None, None, *pick(values))
 
 
-def prepare(launches: Sequence[Launch], kernels: Sequence[Any], operands: Operands) -> Prepared | None:
+def prepare(
+    launches: Sequence[Launch], kernels: Sequence[Any], operands: Operands
+) -> Prepared | _cpu.DirectLaunches | None:
     """What makes these launches again, or None where Triton's own way is the only one: in the interpreter, and for
     versions of Triton that this does not know."""
     device = next(t.device for t in operands if isinstance(t, Tensor))
     if not _KNOWS_LAUNCHER or device.type != "cuda" or any(kernel is None for kernel in kernels):
         return None
     arguments = arguments_of(launches, operands)
-    return None if arguments is None else Prepared(launches, kernels, arguments, device)
+    if arguments is None:
+        return None
+    made = Prepared(launches, kernels, arguments, device)
+    return direct_launches(made, launches, kernels, hooked) if DIRECT else made
 
 
-def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Prepared]) -> None:
+def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Any]) -> None:
     """Launch in order, on the device of the operands, and put what makes the launches again into ``ready``."""
     device = next(t.device for t in operands if isinstance(t, Tensor))
     with on_device(device):
@@ -238,7 +249,7 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody wants to see launches: a profiler."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook

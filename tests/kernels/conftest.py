@@ -13,7 +13,9 @@ for room in ("ops", "nn"):  # the oracle and the pools of the CPU op's tests; mo
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = (
-    ["test_aot*.py", "test_launch.py", "test_reach.py"] if INTERPRETED else ["test_interpreted*.py", "test_padded.py"]
+    ["test_aot*.py", "test_direct.py", "test_launch.py", "test_reach.py"]
+    if INTERPRETED
+    else ["test_interpreted*.py", "test_padded.py"]
 )
 
 

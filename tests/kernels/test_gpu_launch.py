@@ -9,6 +9,7 @@ from nn_models import Mlp, adapter
 from triton import knobs
 
 import lora_fuse as lf
+from lora_fuse import _cpu
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.kernels import launch
@@ -25,20 +26,22 @@ class TestMadeAgain:
         self.pool = make_pool(3, 16, 512, 256, torch.bfloat16).cuda()
         self.routing = Routing.from_slots(torch.tensor([0, 2, 2, -1, 1], device="cuda"), 3)
 
-    def both(self, x, y, monkeypatch):
+    def both(self, x, y, direct, monkeypatch):
         """By Triton's own way, then by what was kept."""
         op._READY.clear()
+        monkeypatch.setattr(launch, "DIRECT", direct)
         want, got = y.clone(), y.clone()
         args = (*self.pool.tensors, *self.routing.tensors, self.routing.tiles)
         torch.ops.lora_fuse.multi_lora_(want, x, *args)
-        assert len(op._READY) == 1
+        assert [isinstance(kept, _cpu.DirectLaunches) for kept in op._READY.values()] == [direct]
         monkeypatch.setattr(kernels, "multi_lora_", None)  # the slow way would fail
         torch.ops.lora_fuse.multi_lora_(got, x, *args)
         monkeypatch.undo()
         return got, want
 
     @pytest.mark.parametrize("way", ["dense", "slices", "misaligned", "three dimensions"])
-    def test_same_bits(self, way, monkeypatch):
+    @pytest.mark.parametrize("direct", [False, True], ids=["by Triton's launcher", "by the driver's call"])
+    def test_same_bits(self, way, direct, monkeypatch):
         x, y = torch.randn(5, 512, device="cuda").bfloat16(), torch.randn(5, 256, device="cuda").bfloat16()
         if way == "slices":
             x, y = torch.randn(5, 600, device="cuda").bfloat16()[:, 8:520], y.repeat(1, 2)[:, 256:]
@@ -46,7 +49,7 @@ class TestMadeAgain:
             x = torch.randn(5 * 512 + 1, device="cuda").bfloat16()[1:].view(5, 512)
         elif way == "three dimensions":
             x, y = x[:, None], y[:, None]
-        got, want = self.both(x, y, monkeypatch)
+        got, want = self.both(x, y, direct, monkeypatch)
         assert torch.equal(got, want)
         assert not torch.equal(got, y)
 
