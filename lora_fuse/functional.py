@@ -115,8 +115,12 @@ def sparse_delta_linear(x: Tensor, pool: SparsePool, routing: Routing, out: Tens
     """Apply every row's sparse deltas: ``out[row] += sum over the row's pairs of weight * (U x[row] + bias)``.
 
     Sums run in fp32 and are rounded once, into ``out``. A row's result does not depend, bitwise, on the other rows,
-    their order or the number of threads. Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and
+    their order or the number of threads; one exception, on GPUs: the last bits may depend on whether the row's adapter
+    has more than 8 rows in the batch. Rows with no pair keep ``out`` bit for bit. Differentiable in ``x`` and
     ``routing.weights``, not in the pool; derivatives run in plain torch.
+
+    An infinity or NaN of ``x`` stays in its row. It meets the entries of its column only; on a GPU, where the adapter
+    has more than 8 rows, every output.
 
     Args:
         x: ``[..., in_features]`` with ``routing.num_rows`` rows in all; fp32, bf16 or fp16, the pool's dtype
@@ -143,7 +147,7 @@ def sparse_delta_linear(x: Tensor, pool: SparsePool, routing: Routing, out: Tens
         x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear; the pool follows
     elif x.dtype != pool.dtype:
         raise ValueError(f"x: dtype {x.dtype}, the pool holds {pool.dtype}")
-    args = (x, pool.handle, pool.out_features, False, True, *routing.tensors)
+    args = (x, pool.handle, pool.out_features, False, True, *routing.tensors, routing.tiles)
     if out is None:
         return _sparse_op.transformable(*args) if under_transform() else torch.ops.lora_fuse.sparse_delta(*args)
     torch.ops.lora_fuse.sparse_delta_(out, *args)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fuse import _cpu
+from lora_fuse.adapters.sparse_runs import RunDelta, SlotTable, runs_of
 from lora_fuse.ops.sparse_delta import register_pool
 from lora_fuse.sparse import SparseMatrix, with_uint16, without_uint16
 
@@ -18,7 +19,7 @@ _LANES, _STRIP = _cpu.SPARSE_LANES, _cpu.SPARSE_STRIP
 
 @dataclass(frozen=True, eq=False)
 class PackedDelta:
-    """One slot: entries in the order of csrc/sparse.h, and a dense bias.
+    """One slot as CPU kernels read it: entries in the order of csrc/sparse.h, and a dense bias.
 
     Args:
         values: ``[steps * lanes]``, the pool's dtype; padding and the fillers of wide gaps hold 0.
@@ -100,7 +101,9 @@ class SparsePool(nn.Module):
     """Slots for up to ``num_slots`` sparse task vectors of one layer.
 
     A slot holds the kept entries of ``[out_features, in_features]``, packed, and perhaps a dense bias delta. The slots
-    follow ``.to()``, ``copy.deepcopy`` and pickling and stay out of the state dict.
+    follow ``.to()``, ``copy.deepcopy`` and pickling and stay out of the state dict. On a GPU they are packed for its
+    kernels, and the other way round when they leave it; kernels find them by a table on the device, which is rewritten
+    in the order of the stream, so captured graphs follow.
 
     Args:
         num_slots, in_features, out_features: positive.
@@ -126,9 +129,9 @@ class SparsePool(nn.Module):
             raise ValueError(f"dtype: got {dtype}, accepted is a floating-point dtype")
         super().__init__()
         self.num_slots, self.in_features, self.out_features = num_slots, in_features, out_features
-        self.packed: list[PackedDelta | None] = [None] * num_slots
+        self.packed: list[PackedDelta | RunDelta | None] = [None] * num_slots
         self.register_buffer("anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)  # dtype, device
-        self._rebuild([None] * num_slots)
+        self._rebuild()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,10 +166,11 @@ class SparsePool(nn.Module):
             device = self.anchor.device
             wide = torch.promote_types(self.dtype, torch.float32)
             own = None if bias is None else bias.detach().to(device, wide, copy=True).contiguous()
+            made: PackedDelta | RunDelta | None = None
             if matrix is not None:
-                made: PackedDelta | None = pack(matrix, self.dtype, own, device)
-            else:
-                made = None if own is None else PackedDelta(None, None, None, None, own)
+                made = (runs_of if by_runs(device) else pack)(matrix, self.dtype, own, device)
+            elif own is not None:
+                made = (RunDelta if by_runs(device) else PackedDelta)(None, None, None, None, own)
             self._put(slot, made)
 
     def clear(self, slot: int) -> None:
@@ -188,6 +192,17 @@ class SparsePool(nn.Module):
             known = self._cast[dtype] = _cpu.SparseSlots(self.in_features, self.out_features, cast)
         return known
 
+    def table_as(self, dtype: torch.dtype) -> Tensor | None:
+        """The slots as GPU kernels find them, ``SlotTable.tensor``, values cast to ``dtype``; None on other devices."""
+        if dtype not in self._tables and by_runs(self.anchor.device):
+            with torch.no_grad(), torch.inference_mode(False):
+                self._tables[dtype] = SlotTable(self._runs(), dtype, self.anchor.device)
+        table = self._tables.get(dtype)
+        return None if table is None else table.tensor
+
+    def _runs(self) -> list[RunDelta | None]:
+        return [p if isinstance(p, RunDelta) else None for p in self.packed]
+
     def dense(self, slot: int, dtype: torch.dtype) -> Tensor | None:
         """A slot's ``[out_features, in_features]``, for paths without a kernel; None if it holds no entries."""
         packed = self.packed[slot]
@@ -199,44 +214,70 @@ class SparsePool(nn.Module):
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot: {slot} is out of range, this pool has slots 0 to {self.num_slots - 1}")
 
-    def _put(self, slot: int, packed: PackedDelta | None) -> None:
+    def _put(self, slot: int, packed: PackedDelta | RunDelta | None) -> None:
+        if packed is None or isinstance(packed, RunDelta):
+            for table in self._tables.values():  # before the old content goes: what is queued may still read it
+                table.put(slot, packed)
         views = list(self._views)
-        views[slot] = None if packed is None else self._view(packed)  # may refuse: nothing has changed yet
+        views[slot] = self._view(packed)  # may refuse: nothing has changed yet
         self.packed[slot] = packed
-        self._rebuild(views)
+        self._publish(views)
 
-    def _view(self, p: PackedDelta) -> _cpu.SparseSlot | None:
-        if self.anchor.device.type != "cpu":
+    def _view(self, p: PackedDelta | RunDelta | None) -> _cpu.SparseSlot | None:
+        if not isinstance(p, PackedDelta) or self.anchor.device.type != "cpu":
             return None
         bias = None if p.bias is None else p.bias.float()
         return _cpu.SparseSlot(self.in_features, self.out_features, p.values, p.gaps, p.starts, p.order, bias)
 
-    def _rebuild(self, views: list[_cpu.SparseSlot | None]) -> None:
-        """Publish a new set of slots; a forward that runs keeps the set that it took."""
+    def _publish(self, views: list[_cpu.SparseSlot | None]) -> None:
+        """A new set of slots for the CPU; a forward that runs keeps the set that it took."""
         self._views = views
-        on_cpu = self.anchor.device.type == "cpu"
+        on_cpu = self.anchor.device.type == "cpu" and not by_runs(self.anchor.device)
         self.slots = _cpu.SparseSlots(self.in_features, self.out_features, views) if on_cpu else None
         self._cast: dict[torch.dtype, _cpu.SparseSlots] = {}
+
+    def _rebuild(self) -> None:
+        """All that is made from what the slots hold, where they now lie."""
+        self._tables: dict[torch.dtype, SlotTable] = {}
+        self.packed = [self._fitted(p) for p in self.packed]
+        self._publish([self._view(p) for p in self.packed])
+        self.table_as(self.dtype)  # now, since a capture could not make it
         if "handle" not in self.__dict__:
             self.handle = register_pool(self)
+
+    def _fitted(self, p: PackedDelta | RunDelta | None) -> PackedDelta | RunDelta | None:
+        """The same slot in the form that this device's kernels read."""
+        device, runs = self.anchor.device, isinstance(p, RunDelta)
+        if p is None or runs == by_runs(device) or (runs and device.type != "cpu"):
+            return p
+        if p.values is None:
+            return (PackedDelta if runs else RunDelta)(None, None, None, None, p.bias)
+        dense = p.dense(self.out_features, self.in_features, p.values.dtype)
+        matrix = SparseMatrix.from_mask(dense, dense != 0)
+        return (pack if runs else runs_of)(matrix, p.values.dtype, p.bias, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         with torch.no_grad(), torch.inference_mode(False):
             self.packed = [None if p is None else p.map(fn) for p in self.packed]
-            self._rebuild([None if p is None else self._view(p) for p in self.packed])
+            self._rebuild()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_views", "slots", "_cast", "handle")
+        own = ("_views", "slots", "_cast", "_tables", "handle")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rebuild([None if p is None else self._view(p) for p in self.packed])
+        self._rebuild()
 
     def extra_repr(self) -> str:
         return f"slots={self.num_slots}, in={self.in_features}, out={self.out_features}"
+
+
+def by_runs(device: torch.device) -> bool:
+    """Whether a pool there holds ``RunDelta``."""
+    return device.type == "cuda"
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

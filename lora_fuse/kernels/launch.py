@@ -244,6 +244,11 @@ def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Any])
         ready[key] = made
 
 
+def pitch(rows: Tensor) -> int:
+    """From one row to the next. A lone row's stride is never used, and callers' views give it any value."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
 def on_device(device: torch.device) -> AbstractContextManager[None]:
     """Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fuse.kernels.configs import Expand, Plan, plan
-from lora_fuse.kernels.launch import Launch, run
+from lora_fuse.kernels.launch import Launch, pitch, run
 from lora_fuse.kernels.routing import TILE_FIELDS
 
 
@@ -263,7 +263,7 @@ def launches(
     first = Launch(
         _shrink_kernel,
         (tiles.shape[0], -(-max_rank // shrink.block_r), shrink.planes),
-        (x, pool_a, h, rows, tiles, slot_rank, x.shape[1], max_rank, h.stride(0), _pitch(x), pool_a.stride(0)),
+        (x, pool_a, h, rows, tiles, slot_rank, x.shape[1], max_rank, h.stride(0), pitch(x), pool_a.stride(0)),
         {
             "SPLIT_LEN": shrink.split_len,
             "SPLITS": splits // shrink.planes,
@@ -294,7 +294,7 @@ def _expands(
     rows, weights, segment_starts, row_starts, row_pairs = routing
     num_slots = slot_rank.shape[0]
     blocks = -(-out.shape[1] // expand.block_n)
-    sizes_of = (out.shape[1], pool_b.shape[0] // num_slots, _pitch(h), _pitch(out), pool_b.stride(0))
+    sizes_of = (out.shape[1], pool_b.shape[0] // num_slots, pitch(h), pitch(out), pool_b.stride(0))
     has = {"BY_ROW": by_row, "PLANES": 1 if by_row else h.shape[0], "HAS_WEIGHTS": weights is not None}
     first = Launch(
         _expand_kernel,
@@ -377,8 +377,3 @@ def expand_(
 
 def _backend() -> str:
     return "hip" if torch.version.hip else "cuda"
-
-
-def _pitch(rows: Tensor) -> int:
-    """From one row to the next. A lone row's stride is never used, and callers' views give it any value."""
-    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]

@@ -180,9 +180,14 @@ class Call:
     check: bool
     fresh: bool
 
-    def routing(self, lead: tuple[int, ...], device: torch.device) -> Routing | None:
+    def routing(self, lead: tuple[int, ...], device: torch.device, padded: bool = False) -> Routing | None:
+        """The rows' routing, or None where all are base.
+
+        Args:
+            padded: whether one that nobody has waited for will do.
+        """
         routing = self.snapshot.routing(lead, device, self.seq, self.path, self.check)
-        return routing if routing is None else routing.exact()
+        return routing if routing is None or padded else routing.exact()
 
 
 class SparseSite(AdaptedModule):
@@ -249,8 +254,12 @@ class LinearSlots(SiteSlots):
     def _clear(self, slot: int) -> None:
         self.pool.clear(slot)
 
+    def _reads_padding(self, x: Tensor) -> bool:
+        """Whether the product takes a routing as it lies on the device; it does without waiting for it then."""
+        return x.device.type == "cuda"
+
     def serve(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        routing = call.routing(tuple(x.shape[:-1]), x.device)
+        routing = call.routing(tuple(x.shape[:-1]), x.device, self._reads_padding(x))
         return y if routing is None else add_sparse(y, x, self.pool, routing, call.fresh)
 
 
@@ -265,8 +274,12 @@ def add_sparse(y: Tensor, x: Tensor, pool: SparsePool, routing: Routing, fresh: 
 
 def touched_rows(routing: Routing, device: torch.device) -> Tensor:
     """``[num_rows]`` bool: rows with at least one pair."""
-    touched = torch.zeros(routing.num_rows, dtype=torch.bool, device=routing.device)
-    return touched.index_fill(0, routing.rows.long(), True).to(device)
+    rows = routing.rows.long()
+    if routing.padded:
+        live = torch.arange(routing.num_pairs, device=routing.device) < routing.segment_starts[-1]
+        rows = torch.where(live, rows, routing.num_rows)  # of padding: one more, to throw away
+    touched = torch.zeros(routing.num_rows + 1, dtype=torch.bool, device=routing.device)
+    return touched.index_fill(0, rows, True)[: routing.num_rows].to(device)
 
 
 class ConvSlots(LinearSlots):
@@ -276,7 +289,7 @@ class ConvSlots(LinearSlots):
         if x.dim() == 3:  # one unbatched image
             return self.serve(y.unsqueeze(0), x.unsqueeze(0), call).squeeze(0)
         height, width = y.shape[-2:]
-        routing = call.routing((x.shape[0], height * width), x.device)
+        routing = call.routing((x.shape[0], height * width), x.device, self._reads_padding(x))
         if routing is None:
             return y
         columns = columns_of(cast(nn.Conv2d, self.owner), x).contiguous()
