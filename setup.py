@@ -21,6 +21,7 @@ openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 units = (
     "bind_launches",
+    "bind_normals",
     "bind_positions",
     "bind_routing",
     "bind_sparse",
@@ -28,6 +29,7 @@ units = (
     "bindings",
     "dispatch",
     "eager",
+    "normals",
     "routing",
     "targets",
     "tensors",

@@ -6,6 +6,7 @@
 namespace lora_fuse {
 
 void bind_launches(pybind11::module_& m);
+void bind_normals(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_positions(pybind11::module_& m);
 void bind_sparse(pybind11::module_& m);

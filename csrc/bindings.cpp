@@ -374,6 +374,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("choose_isa", &choose_isa);
   m.def("set_ready_launches", [](py::dict ready) { ready_launches = ready.release().ptr(); });
   bind_launches(m);
+  bind_normals(m);
   bind_topk(m);
   bind_positions(m);
   bind_sparse(m);

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "normals.h"
 #include "sparse.h"
 #include "topk.h"
 #include "views.h"
@@ -18,6 +19,7 @@ struct KernelTable {
   void (*multi_lora_fp16)(const MultiLora<fp16>*, int);
   TopkKernels topk;
   SparseKernels sparse;
+  NormalsKernel normals;
 };
 
 // One per instruction set, defined in targets.cpp; worst first.

@@ -26,6 +26,7 @@ namespace baseline {
 #include "lora.inl"
 #include "topk.inl"
 #include "sparse.inl"
+#include "normals.inl"
 }  // namespace baseline
 #undef LF_WIDTH
 
@@ -40,6 +41,7 @@ namespace avx2 {
 #include "lora.inl"
 #include "topk.inl"
 #include "sparse.inl"
+#include "normals.inl"
 }  // namespace avx2
 #undef LF_WIDTH
 #pragma GCC pop_options
@@ -52,6 +54,7 @@ namespace avx512 {
 #include "lora.inl"
 #include "topk.inl"
 #include "sparse.inl"
+#include "normals.inl"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -80,18 +83,19 @@ namespace amx_bf16 {
 std::vector<const KernelTable*> compiled_tables() {
   static const std::vector<KernelTable> tables = [] {
     std::vector<KernelTable> t;
-    const auto add = [&](const char* name, void (*lora)(KernelTable&), void (*topk)(TopkKernels&), void (*sparse)(SparseKernels&)) {
-      t.push_back({name, nullptr, nullptr, nullptr, {}, {}});
+    const auto add = [&](const char* name, void (*lora)(KernelTable&), void (*topk)(TopkKernels&), void (*sparse)(SparseKernels&),
+                         NormalsKernel normals) {
+      t.push_back({name, nullptr, nullptr, nullptr, {}, {}, normals});
       lora(t.back());
       topk(t.back().topk);
       sparse(t.back().sparse);
     };
-    add("baseline", baseline::fill, baseline::fill_topk, baseline::fill_sparse);
+    add("baseline", baseline::fill, baseline::fill_topk, baseline::fill_sparse, baseline::normals);
 #ifdef LF_X86
-    add("avx2", avx2::fill, avx2::fill_topk, avx2::fill_sparse);
-    add("avx512", avx512::fill, avx512::fill_topk, avx512::fill_sparse);
-    add("avx512_bf16", avx512_bf16::fill, avx512::fill_topk, avx512::fill_sparse);
-    add("amx_bf16", amx_bf16::fill, avx512::fill_topk, avx512::fill_sparse);
+    add("avx2", avx2::fill, avx2::fill_topk, avx2::fill_sparse, avx2::normals);
+    add("avx512", avx512::fill, avx512::fill_topk, avx512::fill_sparse, avx512::normals);
+    add("avx512_bf16", avx512_bf16::fill, avx512::fill_topk, avx512::fill_sparse, avx512::normals);
+    add("amx_bf16", amx_bf16::fill, avx512::fill_topk, avx512::fill_sparse, avx512::normals);
 #endif
     return t;
   }();

@@ -23,10 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_fuse.ops import gpu
 from lora_fuse.ops.lowrank_svd import lowrank_svd
+from lora_fuse.ops.normals import Normals
 from lora_fuse.ops.operands import Custom, Matrix, Operand, SumOfProducts, as_operand
+from lora_fuse.ops.orthonormal import orthonormal
 from lora_fuse.ops.sketch import start_block, worthwhile
-from lora_fuse.ops.svd import LowRankSVD, check_rank, directions_for, gram_svd, make_svd, robust_svd
+from lora_fuse.ops.svd import LowRankSVD, check_rank, core_svd, directions_for, gram_svd, make_svd, robust_svd
 
 _SMALL = 128  # the exact SVD of anything this narrow takes no longer than the steps' overhead
 _WIDER = 24  # columns that a start from bf16 products has beyond the block
@@ -104,9 +107,8 @@ def randomized_svd(
     if isinstance(operand, SumOfProducts) and (rank is None or operand.rank <= 4 * block):
         return lowrank_svd(operand.lora_bs, operand.lora_as, operand.weights, rank, energy=energy)
     dtype, norm = _norm(operand)
-    random = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator or 0)
     if min(m, n) > max(_SMALL, 2 * block, (power_iters + 1) * block if rank is not None else 0):
-        found = _krylov(operand, norm, dtype, block, rank, energy, power_iters, tolerance, random)
+        found = _krylov(operand, norm, dtype, block, rank, energy, power_iters, tolerance, Normals(generator))
         if found is not None:
             return found
     return _exact(operand, norm, dtype, rank, energy)
@@ -121,10 +123,11 @@ def _krylov(
     energy: float | None,
     power_iters: int,
     tolerance: float | None,
-    random: torch.Generator,
+    random: Normals,
 ) -> LowRankSVD | None:
     """The approximation from a Krylov space, or None if that would have to fill more than half of the matrix."""
-    n, most = x.shape[-1], min(x.shape[-2:]) // 2
+    most = min(x.shape[-2:]) // 2
+    wide = torch.float64 if gpu.takes_kernels(x.device) else dtype  # of thin products, which TF32 must not reach
     total = norm.square()
     left: list[Tensor] = []  # [..., m, block]
     right: list[Tensor] = []  # [..., n, block]
@@ -133,15 +136,16 @@ def _krylov(
     last: int | Tensor | None = None
     rounds = power_iters
     if rank is not None and power_iters > 1 and dtype == torch.float32 and worthwhile(x, block + _WIDER):
-        p, rounds = start_block(x, float(norm), block + _WIDER, power_iters, random)[:, :block], 0
+        y, rounds = x.matmul(start_block(x, float(norm), block + _WIDER, power_iters, random)[:, :block]), 0
     else:
-        p = torch.randn(*x.shape[:-2], n, block, generator=random).to(x.device, dtype)
+        y = x.sketch(block, random, dtype)
     while True:
-        left.append(_orthonormal(x.matmul(p), left, random))
+        left.append(orthonormal(y, left, random))
         z = x.rmatmul(left[-1])
-        right.append(_orthonormal(z, right, random))
-        core = _with_block_row(core, torch.cat([z.mT @ q for q in right], dim=-1).to(torch.float64))
-        p, steps = right[-1], steps + 1
+        right.append(orthonormal(z, right, random))
+        row = torch.cat([z.mT.to(wide) @ q.to(wide) for q in right], dim=-1)
+        core = _with_block_row(core, row.to(torch.float64))
+        steps += 1
         if energy is not None:
             captured = core.square().sum()
             gain = core[-block:].square().sum()
@@ -158,6 +162,7 @@ def _krylov(
                 if rounds == power_iters or float(total - _squares(core)[:rank].sum()) > _FAINT**2 * float(total):
                     break
                 rounds = power_iters  # what is left is fainter than the start could tell
+                y = x.matmul(right[-1])
                 continue
             residual = (total - _squares(core)[..., :rank].sum(-1)).clamp_min(1e-6 * total)
             if isinstance(last, Tensor) and bool((last <= residual * (1.0 + tolerance / 4) ** 2).all()):
@@ -165,11 +170,11 @@ def _krylov(
             last = residual
         if core.shape[-1] + block > most and (energy is not None or tolerance is not None):
             return None
+        y = x.matmul(right[-1])
 
-    u, s, vh = robust_svd(core, "x: its core")
-    u, s, v = u[..., :k], s[..., :k], vh[..., :k, :].mT
-    u = torch.cat(left, dim=-1) @ u.to(dtype)
-    v = torch.cat(right, dim=-1) @ v.to(dtype)
+    u, s, v = core_svd(core, k, "x: its core")
+    u = (torch.cat(left, dim=-1).to(wide) @ u.to(wide)).to(dtype)
+    v = (torch.cat(right, dim=-1).to(wide) @ v.to(wide)).to(dtype)
     squared = total - s.square().sum(-1)
     guessed = isinstance(x, Custom) and x.squared_norm() is None
     if guessed or bool((squared < 1e-3 * total).any()):
@@ -187,47 +192,6 @@ def _with_block_row(core: Tensor, row: Tensor) -> Tensor:
 def _squares(core: Tensor) -> Tensor:
     """Squared singular values of the core, descending."""
     return torch.linalg.eigvalsh(core @ core.mT).flip(-1).clamp_min(0)
-
-
-def _orthonormal(w: Tensor, before: list[Tensor], random: torch.Generator) -> Tensor:
-    """Orthonormal columns, orthogonal to the blocks ``before``, that span with them what ``w [..., m, l]`` does.
-
-    Projecting leaves rounding errors of the size of ``w``, and dividing by R enlarges them: where that loses more than
-    a digit, or Cholesky QR does, there is a second round.
-    """
-    for _ in range(2):
-        size = torch.linalg.vector_norm(w, dim=-2).amax(-1) if before else 0.0
-        for q in before:
-            w = w - q @ (q.mT @ w)
-        w, smallest = orthonormalize(w, random)
-        if bool(((smallest > 0) & (size <= 10.0 * smallest)).all()):
-            break
-    return w
-
-
-def orthonormalize(w: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """QR of ``w [..., m, l]`` by Cholesky with the Gram matrix in fp64, by Householder where that is ill-conditioned.
-
-    Columns that depend on others are replaced by random directions.
-
-    Returns:
-        Q in the dtype of ``w``, and ``[...]``, fp64: the smallest diagonal entry of R where Q is orthonormal to that
-        dtype's precision, 0 where it takes another round.
-    """
-    wide = w.to(torch.float64)
-    lower, info = torch.linalg.cholesky_ex(wide.mT @ wide)
-    eye = torch.eye(w.shape[-1], dtype=torch.float64, device=w.device)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    condition = torch.linalg.matrix_norm(lower) * torch.linalg.matrix_norm(inverse)  # at least the true one
-    if bool(((info == 0) & (condition < 1e7)).all()):
-        loss = torch.finfo(torch.float64).eps * condition.square()
-        smallest = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
-        return (wide @ inverse.mT).to(w.dtype), smallest.where(loss <= 10.0 * torch.finfo(w.dtype).eps, 0.0)
-    # Noise of the size of a rounding error changes nothing that is resolved, and makes what is missing random.
-    size = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-    noise = torch.randn(w.shape, generator=random, dtype=torch.float64).to(w.device)
-    noise *= torch.where(size > 0, torch.finfo(w.dtype).eps * size / w.shape[-2] ** 0.5, 1.0)
-    return torch.linalg.qr(wide + noise).Q.to(w.dtype), torch.zeros_like(condition)
 
 
 def _exact(
@@ -286,7 +250,12 @@ def _squared_error(x: Operand, dtype: torch.dtype, u: Tensor | None = None, v: T
     known = x.squared_norm() if u is None else None
     if known is not None:
         return known
+    if u is None and dtype == torch.float32 and gpu.takes_kernels(x.device):
+        squares = x.squares_by_kernel()
+        if squares is not None:
+            return squares
     total = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
+    wide = torch.float64 if gpu.takes_kernels(x.device) else dtype
     if isinstance(x, Custom):
         random = torch.Generator().manual_seed(1)
         probes = torch.randn(*x.shape[:-2], x.shape[-1], _PROBES, generator=random, dtype=dtype).to(x.device)
@@ -297,6 +266,6 @@ def _squared_error(x: Operand, dtype: torch.dtype, u: Tensor | None = None, v: T
     for tile in x.tiles():
         rows = x.rows(tile.start, tile.stop, dtype)
         if u is not None and v is not None:
-            rows = rows - u[..., tile, :].to(dtype) @ v.mT.to(dtype)
+            rows = rows - (u[..., tile, :].to(wide) @ v.mT.to(wide)).to(dtype)
         total += torch.linalg.vector_norm(rows, dim=-1).to(torch.float64).square().sum(-1)
     return total

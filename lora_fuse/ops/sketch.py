@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_fuse import _cpu
+from lora_fuse.ops.normals import Normals
 from lora_fuse.ops.operands import Dense, Operand
 
 _TILE = 1 << 21  # entries; 4 MB in bf16
@@ -29,7 +30,7 @@ def worthwhile(x: Operand, block: int) -> bool:
     )
 
 
-def start_block(x: Operand, norm: float, block: int, rounds: int, random: torch.Generator) -> Tensor:
+def start_block(x: Operand, norm: float, block: int, rounds: int, random: Normals) -> Tensor:
     """``[n, block]`` fp32, about the leading right singular vectors of ``x [m, n]``.
 
     Args:
@@ -38,7 +39,7 @@ def start_block(x: Operand, norm: float, block: int, rounds: int, random: torch.
     """
     m, n = x.shape
     scale = 1.0 / norm if norm > 0 else 0.0
-    q = torch.randn(n, block, generator=random)
+    q = random.draw((n, block), x.device)
     step = max(1, _TILE // n)
     tile = torch.empty(min(step, m), n, dtype=torch.bfloat16)
     for _ in range(rounds):

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_fuse.ops import gpu
+from lora_fuse.ops.normals import Normals
+from lora_fuse.ops.orthonormal import cholesky_rounds
+
 
 class _Triple(NamedTuple):
     U: Tensor
@@ -85,6 +89,22 @@ def robust_svd(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         ) from error
 
 
+def core_svd(core: Tensor, k: int | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``k`` singular triples (all if None) of a small ``core [..., d, e]``: U, S and V, in its dtype.
+
+    On a GPU from the eigenvectors of its Gram matrix, which take one call for a whole batch and the host waits for
+    once; LAPACK's SVD elsewhere. ``robust_svd`` says what ``name`` is for.
+    """
+    if gpu.takes_kernels(core.device):
+        try:
+            u, s, v, _ = gram_svd(core, min(core.shape[-2:]) if k is None else k)
+            return u, s, v
+        except torch.linalg.LinAlgError:
+            pass
+    u, s, vh = robust_svd(core, name)
+    return u[..., :k], s[..., :k], vh[..., :k, :].mT
+
+
 def gram_svd(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First ``k`` singular triples of ``x [..., m, n]`` from the fp64 Gram matrix of its shorter side.
 
@@ -101,13 +121,25 @@ def gram_svd(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return u, s, v, tail
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
     u = vectors[..., -k:].flip(-1)  # [..., m, k]
-    v, r = torch.linalg.qr(wide.mT @ u)  # nearly orthogonal columns: R is nearly diagonal
-    d = r.diagonal(dim1=-2, dim2=-1)
+    v, d = _nearly_orthogonal_qr(wide.mT @ u)
     s, order = d.abs().sort(dim=-1, descending=True, stable=True)
     order = order[..., None, :]
     u, v = u.gather(-1, order.expand_as(u)), (v * torch.where(d < 0, -1.0, 1.0)[..., None, :])
     v = v.gather(-1, order.expand_as(v))
     return u, s, v, values[..., : m - k].clamp_min(0).sum(-1)
+
+
+def _nearly_orthogonal_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and the diagonal of R of ``x [..., n, k]``, fp64, whose columns are orthogonal up to the largest's rounding."""
+    if not gpu.takes_kernels(x.device):
+        q, r = torch.linalg.qr(x)
+        return q, r.diagonal(dim1=-2, dim2=-1)
+    # Cholesky's, which comes in batches. What drowned in rounding gives way to random directions.
+    lengths = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    drowned = lengths <= 3e-8 * lengths.amax(-1, keepdim=True)
+    other = Normals(0).draw(x.shape, x.device) / x.shape[-2] ** 0.5
+    q = cholesky_rounds(torch.where(drowned, other, x / lengths))
+    return q, (q * x).sum(-2)
 
 
 def directions_for(squares: Tensor, energy: float, noise: float = 0.0, beyond: float = 0.0) -> int:

@@ -12,7 +12,9 @@ from torch import Tensor
 from lora_fuse import SparseMatrix, _cpu
 from lora_fuse import functional as F
 from lora_fuse.ops import randomized_svd as module
+from lora_fuse.ops.normals import Normals
 from lora_fuse.ops.operands import Dense, as_operand
+from lora_fuse.ops.orthonormal import orthonormal, orthonormalize
 from lora_fuse.ops.sketch import worthwhile
 
 M, N, RANK = 320, 400, 16
@@ -243,25 +245,28 @@ def test_products_that_cancel_are_computed_in_fp64() -> None:
 
 def test_seeds() -> None:
     x, state = torch.randn(M, N), torch.get_rng_state()
-    runs = [F.randomized_svd(x, RANK, generator=g) for g in (None, 0, torch.Generator().manual_seed(0), 1)]
-    assert all(torch.equal(a, b) for run in runs[1:3] for a, b in zip(runs[0], run, strict=True))
-    assert not torch.equal(runs[0].S, runs[3].S)
+    seeds = (None, 0, 2**64, torch.Generator().manual_seed(5), torch.Generator().manual_seed(5), 1, -1)
+    runs = [F.randomized_svd(x, RANK, generator=g) for g in seeds]
+    for a, b in ((0, 1), (0, 2), (3, 4)):
+        assert all(torch.equal(p, q) for p, q in zip(runs[a], runs[b], strict=True))
+    for a, b in ((0, 3), (0, 5), (0, 6), (5, 6)):
+        assert not torch.equal(runs[a].S, runs[b].S)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("decades", [0, 3, 5, 6, 8, 14, 40])
 def test_ill_conditioned_blocks_become_orthonormal(decades: int, dtype: torch.dtype) -> None:
-    random = torch.Generator().manual_seed(0)
+    random = Normals(0)
     q, p = (torch.linalg.qr(torch.randn(s, 24, dtype=torch.float64)).Q for s in (200, 24))
     before = torch.linalg.qr(torch.randn(200, 24, dtype=dtype)).Q
     w = (q * torch.logspace(0, -decades, 24, dtype=torch.float64) @ p).to(dtype)
-    got = module._orthonormal(w + 100.0 * before @ torch.randn(24, 24, dtype=dtype), [before], random)
+    got = orthonormal(w + 100.0 * before @ torch.randn(24, 24, dtype=dtype), [before], random)
     eps = torch.finfo(dtype).eps
     eye = torch.eye(24, dtype=dtype)
     torch.testing.assert_close(got.T @ got, eye, rtol=0, atol=20 * eps)
     torch.testing.assert_close(before.T @ got, torch.zeros_like(eye), rtol=0, atol=100 * eps)
-    alone = module._orthonormal(w, [], random)
+    alone = orthonormal(w, [], random)
     torch.testing.assert_close(alone.T @ alone, eye, rtol=0, atol=20 * eps)
     if decades <= 3:  # nothing was replaced by noise
         assert (w - alone @ (alone.T @ w)).norm() <= 100 * eps
@@ -274,7 +279,7 @@ def test_householder_takes_over_only_where_it_must(condition: float, monkeypatch
         0, -torch.tensor(condition).log10().item(), 24
     )
     monkeypatch.setattr(torch.linalg, "qr", lambda x: calls.append(x) or qr(x))
-    module.orthonormalize(w, torch.Generator())
+    orthonormalize(w, Normals(0))
     assert len(calls) == (condition > 1e7)
 
 
