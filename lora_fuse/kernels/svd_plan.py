@@ -46,7 +46,7 @@ def plan(reduced: int, width: int, columns: int, batch: int, kind: str, random: 
         random: whether Q is drawn.
         backend: Triton's, ``"cuda"`` or ``"hip"``.
     """
-    most = _COLUMNS // 2 if random and kind == "sparse" else _COLUMNS  # or registers spill
+    most = _COLUMNS // 4 if random and kind == "sparse" else _COLUMNS  # or registers spill
     groups = -(-columns // most)
     each = -(-columns // groups)
     head = 32 if each > 32 else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from aot import TARGETS, compiled, resources
@@ -38,9 +40,24 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("way", ["sketch", "X Q", "X^T Q"])
+WAYS = ("sketch", "X Q", "X^T Q")
+QUICK = {  # the others take a minute and a half
+    ("sm_90", "difference", "sketch"),
+    ("sm_90", "bf16", "X Q"),
+    ("sm_90", "fp32", "X^T Q"),
+    ("sm_90", "pruned", "X Q"),
+    ("sm_80", "bf16", "X^T Q"),
+    ("sm_100", "fp32", "X Q"),
+    ("gfx942", "difference", "X^T Q"),
+    ("gfx942", "bf16", "X Q"),
+}
+CASES = [
+    pytest.param(*case, id=" ".join(case), marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(TARGETS, SOURCES, WAYS)
+]
+
+
+@pytest.mark.parametrize(("name", "source", "way"), CASES)
 def test_products_fit_the_device(name, source, way, tmp_path, own_cache):
     target, shared = TARGETS[name]
     transposed = way == "X^T Q"
