@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lora_fuse._cpu import may_bypass as _may_bypass
 from lora_fuse._cpu import multi_lora_eager as _multi_lora_eager
 from lora_fuse._cpu import sparse_delta_linear_eager as _sparse_delta_linear_eager
 from lora_fuse.ops import multi_lora as _op
+from lora_fuse.ops import multi_lora_linear as _linear_op  # noqa: F401  registers
 from lora_fuse.ops import sparse_delta as _sparse_op
 from lora_fuse.ops.eager import autocasts, under_transform
 from lora_fuse.ops.lowrank_svd import lowrank_svd
@@ -28,6 +30,7 @@ __all__ = [
     "lowrank_svd",
     "magnitude_prune",
     "multi_lora",
+    "multi_lora_linear",
     "randomized_svd",
     "sparse_delta_linear",
     "sparsify",
@@ -71,6 +74,47 @@ def multi_lora(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | Non
         if y is not None and (y.is_cuda or not routing.padded) and _multi_lora_eager(y, x, pool._buffers, routing):
             return y
     return _dispatch(x, pool, routing, out)
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pool: AdapterPool,
+    routing: Routing,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with every row's adapters: ``y = x W^T + bias + sum of weight * scaling * B (A x)``.
+
+    On CUDA, for up to 64 rows in bf16 or fp16, one launch computes all of it, in fp32 with one rounding at the end; a
+    row's result does not depend, bitwise, on the other rows, but need not have the bits of ``F.linear``. Elsewhere it
+    is ``F.linear`` and ``multi_lora`` in turn. Experimental: the layers that ``attach`` makes do not use it.
+    Differentiable in ``x``, ``weight``, ``bias`` and ``routing.weights``, not in the pool.
+
+    Args:
+        x: ``[..., in_features]`` with ``routing.num_rows`` rows in all.
+        weight: ``[out_features, in_features]``, dtype of ``x``.
+        bias: ``[out_features]`` or None.
+        pool: the layer's slots, ``AdapterPool``.
+        routing: ``Routing`` with as many slots as the pool.
+        counters: int32 zeros on the device of ``x``, ``2 + ceil(out_features / 16)`` of them or more, which are zeros
+            again afterwards. Calls on one stream can share them, calls that may run at the same time cannot: programs
+            would wait for the wrong ones, perhaps for ever. None: made by the call, at the cost of a fill.
+    Returns:
+        ``[..., out_features]``.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    """
+    _check_call(x, routing, None)
+    if under_transform():
+        return linear(x, weight, bias) + multi_lora(x, pool, routing)
+    pool_a, pool_b, slot_rank, slot_scaling = pool.tensors
+    if autocasts(x) and x.dtype.is_floating_point and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, pool_a, pool_b = (t.to(dtype) for t in (x, weight, pool_a, pool_b))
+        bias = None if bias is None else bias.to(dtype)
+    lora = (pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors, routing.tiles)
+    return torch.ops.lora_fuse.multi_lora_linear(x, weight, bias, *lora, counters)  # type: ignore[no-any-return]
 
 
 def _refuse_rows(x: Tensor, routing: Routing) -> None:
