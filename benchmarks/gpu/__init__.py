@@ -17,4 +17,5 @@ PARTS: dict[str, float] = {  # and each one's share of the time
     "multi_lora": 4.0,
     "decoder": 1.0,
     "model": 0.7,
+    "fused": 0.4,
 }
