@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COPIES = 32  # of the data that a call reads, so that no cache holds it
+COPIES = 32 if torch.cuda.is_available() else 2  # of the data that a call reads, so that no cache holds it
 _CYCLES_OF_A_MS = 1_500_000
 
 
