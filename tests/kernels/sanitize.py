@@ -1,0 +1,125 @@
+"""Every Triton kernel once or a few times, at odd sizes: what compute-sanitizer runs (``test_gpu_sanitizer.py``).
+
+Every kernel of ``lora_fuse.kernels`` has to be launched by one of ``LAUNCHES`` (``test_sanitize.py`` sees to it). Data
+is made on the CPU and moved, so that hardly anything else runs on the device. ``--planted`` also reads out of bounds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.kernels.routing import build_tiles, sort_slots
+from lora_fuse.ops.expand import _cuda_ as expand
+from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter is wrong in bf16.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE.type == "cuda" else (torch.float32,)
+
+
+def moved(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def pool_of(num_slots: int, max_rank: int, fan_in: int, fan_out: int, dtype: torch.dtype) -> AdapterPool:
+    """Slots of different ranks, one of them empty."""
+    pool = AdapterPool(num_slots, max_rank, fan_in, fan_out, dtype)
+    for slot in range(num_slots - 1):
+        rank = max(1, max_rank - 3 * slot)
+        pool.write(slot, torch.randn(rank, fan_in), torch.randn(fan_out, rank), 0.5)
+    return pool.to(DEVICE)
+
+
+def routing_of(rows: int, num_slots: int, mixed: bool) -> list[Tensor | None]:
+    """``rows, weights, segment_starts, row_starts, row_pairs``: a slot a row at most, or up to two weighted."""
+    slots = torch.arange(rows) % (num_slots + 1) - 1
+    pairs = [(int(slot), row) for row, slot in enumerate(slots) if slot >= 0]
+    if mixed:
+        pairs += [((int(slot) + 1) % num_slots, row) for row, slot in enumerate(slots) if slot >= 0 and row % 2]
+    pairs.sort()
+    starts = [sum(slot < s for slot, _ in pairs) for s in range(num_slots + 1)]
+    at_rows = torch.tensor([row for _, row in pairs], dtype=torch.int32)
+    weights = row_starts = row_pairs = None
+    if mixed:
+        weights, row_pairs = torch.rand(len(pairs)), torch.argsort(at_rows, stable=True).int()
+        counts = torch.bincount(at_rows, minlength=rows)
+        row_starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+    return moved(at_rows, weights, torch.tensor(starts, dtype=torch.int32), row_starts, row_pairs)
+
+
+def columns(rows: int, width: int, dtype: torch.dtype, gap: int) -> Tensor:
+    """``[rows, width]``, the rows ``gap`` elements apart; what lies behind the last one is not its own."""
+    return (
+        torch.randn((rows - 1) * (width + gap) + width, dtype=dtype)
+        .to(DEVICE)
+        .as_strided((rows, width), (width + gap, 1))
+    )
+
+
+def run_multi_lora() -> None:
+    """Shrink, expand and mix; ranks beyond a block, in and out features that no block divides."""
+    shapes = [(1, 100, 37, 5, 3, False), (23, 1300, 333, 20, 4, True), (40, 515, 130, 70, 3, False)]
+    for dtype in DTYPES:
+        for rows, fan_in, fan_out, rank, num_slots, mixed in shapes[: None if DEVICE.type == "cuda" else 2]:
+            pool, routing = pool_of(num_slots, rank, fan_in, fan_out, dtype), routing_of(rows, num_slots, mixed)
+            tiles = build_tiles(routing[2], routing[0].shape[0])
+            for gap in (0, 3):
+                x, y = columns(rows, fan_in, dtype, gap), columns(rows, fan_out, dtype, gap)
+                multi_lora(y, x, *pool.tensors, *routing, tiles)
+
+
+def run_expand() -> None:
+    """With every slot's shrink beside one another."""
+    for dtype in DTYPES:
+        for mixed in (False, True):
+            pool, routing = pool_of(3, 20, 64, 77, dtype), routing_of(9, 3, mixed)
+            tiles = build_tiles(routing[2], routing[0].shape[0])
+            h, y = columns(9, 60, dtype, 5), columns(9, 77, dtype, 2)
+            expand(y, h, *pool.tensors[1:], *routing, tiles)
+
+
+def run_routing() -> None:
+    """Slots out of range among the others; more rows than a block, and tile lists with room to spare."""
+    for rows in (1, 100, 1501):
+        slots = (torch.arange(rows, dtype=torch.int32) % 9 - 2).to(DEVICE)
+        flag = torch.zeros(1, dtype=torch.int32).to(DEVICE)
+        _, starts = sort_slots(slots, 5, flag)
+        build_tiles(starts, rows)
+        build_tiles(starts, rows, torch.empty(rows + 5, 4, dtype=torch.int32, device=DEVICE))
+
+
+LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_expand, run_routing]
+
+
+@triton.jit
+def _planted_kernel(x, y, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y + offs, tl.load(x + offs + 64))
+
+
+def run_planted() -> None:
+    """Reads beyond the end: whoever looks on has to notice."""
+    x, y = moved(torch.zeros(64), torch.zeros(64))
+    _planted_kernel[(1,)](x, y, BLOCK=64)
+
+
+def main(planted: bool) -> None:
+    torch.manual_seed(0)
+    for launch in LAUNCHES:
+        launch()
+    if planted:
+        run_planted()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    print("all kernels were launched")
+
+
+if __name__ == "__main__":
+    main("--planted" in sys.argv)
