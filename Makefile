@@ -1,4 +1,5 @@
-# Each target sets itself up: .venv is made when it is missing. LORA_FUSE_VENV names another place for it.
+# Each target sets itself up: .venv is made when it is missing. LORA_FUSE_VENV names another place for it. Where nothing
+# can be fetched: `make TARGET PY=python3 STAMP=`, after `python3 setup.py build_ext --inplace`.
 VENV ?= $(or $(LORA_FUSE_VENV),.venv)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -25,8 +26,9 @@ test: $(STAMP) test-kernels
 test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(PY) -m pytest -m "not gpu" tests/kernels
 
+# Half of it is compiling, which processes do side by side where pytest-xdist is installed
 test-gpu: $(STAMP)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu -p no:benchmark $$($(PY) -c "import xdist" 2>/dev/null && echo "-n 8") tests/kernels
 
 test-all: $(STAMP) test-kernels
 	$(PY) -m pytest -m "not gpu"

@@ -9,15 +9,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import pytest
+import sparse_launches
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.adapters.sparse_pool import SparsePool
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.ops.expand import _cuda_ as expand
 from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
+from lora_fuse.ops.sparse_delta import _cuda_ as sparse_delta
+from lora_fuse.sparse import SparseMatrix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter is wrong in bf16.
@@ -95,7 +100,25 @@ def run_routing() -> None:
         build_tiles(starts, rows, torch.empty(rows + 5, 4, dtype=torch.int32, device=DEVICE))
 
 
-LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_expand, run_routing]
+def run_sparse_delta() -> None:
+    """Rows that are gathered, a slot with more, mixes; features that no block divides."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            sparse_launches.as_on_a_gpu(patch)
+        for dtype in DTYPES:
+            filled = SparsePool(2, 301, 37, dtype)
+            for slot in range(2):
+                delta = torch.randn(37, 301).to(dtype)
+                filled.write(slot, SparseMatrix.from_mask(delta, torch.rand(37, 301) < 0.1))
+            pool = filled.to(DEVICE)
+            for rows, mixed in ((3, False), (19, True), (50, False))[: None if DEVICE.type == "cuda" else 2]:
+                routing = routing_of(rows, 2, mixed)
+                tiles = build_tiles(routing[2], routing[0].shape[0])
+                x, y = columns(rows, 301, dtype, 3), columns(rows, 37, dtype, 5)
+                sparse_delta(y, x, pool.handle, pool.out_features, False, True, *routing, tiles)
+
+
+LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_expand, run_routing, run_sparse_delta]
 
 
 @triton.jit
