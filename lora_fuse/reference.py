@@ -24,10 +24,11 @@ def multi_lora(
     num_slots = slot_rank.shape[0]
     max_rank = pool_a.shape[0] // max(num_slots, 1)
     y = torch.zeros(x.shape[0], pool_b.shape[1], dtype=dtype) if out is None else out.to(dtype)
+    x, pool_a, pool_b = x.to(dtype), pool_a.to(dtype), pool_b.to(dtype)
     for row, slot, weight in pairs:
         rows = slice(slot * max_rank, slot * max_rank + int(slot_rank[slot]))
-        h = pool_a[rows].to(dtype) @ x[row].to(dtype)  # [rank]
-        y[row] += weight * float(slot_scaling[slot]) * (h @ pool_b[rows].to(dtype))
+        h = pool_a[rows] @ x[row]  # [rank]
+        y[row] += weight * float(slot_scaling[slot]) * (h @ pool_b[rows])
     return y
 
 
@@ -66,9 +67,9 @@ def sparse_delta_linear(
 
     ``deltas``: dense ``[out_features, in_features]`` per slot, zeros where nothing is kept.
     """
-    y = out.to(dtype)
+    y, x, deltas = out.to(dtype), x.to(dtype), [delta.to(dtype) for delta in deltas]
     for row, slot, weight in pairs:
-        h = deltas[slot].to(dtype) @ x[row].to(dtype)
+        h = deltas[slot] @ x[row]
         bias = biases[slot]
         y[row] += weight * (h if bias is None else h + bias.to(dtype))
     return y

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_pool import SparsePool
+from lora_fuse.kernels import sketch
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.ops.expand import _cuda_ as expand
 from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
@@ -70,12 +71,16 @@ def columns(rows: int, width: int, dtype: torch.dtype, gap: int) -> Tensor:
 
 def run_multi_lora() -> None:
     """Shrink, expand and mix; ranks beyond a block, in and out features that no block divides."""
-    shapes = [(1, 100, 37, 5, 3, False), (23, 1300, 333, 20, 4, True), (40, 515, 130, 70, 3, False)]
+    shapes = [
+        (1, 100, 37, 5, 3, False),
+        (23, 1300 if DEVICE.type == "cuda" else 300, 333, 20, 4, True),
+        (40, 515, 130, 70, 3, False),
+    ]
     for dtype in DTYPES:
         for rows, fan_in, fan_out, rank, num_slots, mixed in shapes[: None if DEVICE.type == "cuda" else 2]:
             pool, routing = pool_of(num_slots, rank, fan_in, fan_out, dtype), routing_of(rows, num_slots, mixed)
             tiles = build_tiles(routing[2], routing[0].shape[0])
-            for gap in (0, 3):
+            for gap in (0, 3) if DEVICE.type == "cuda" else (3,):
                 x, y = columns(rows, fan_in, dtype, gap), columns(rows, fan_out, dtype, gap)
                 multi_lora(y, x, *pool.tensors, *routing, tiles)
 
@@ -118,7 +123,34 @@ def run_sparse_delta() -> None:
                 sparse_delta(y, x, pool.handle, pool.out_features, False, True, *routing, tiles)
 
 
-LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_expand, run_routing, run_sparse_delta]
+def bitmap_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``[rows, ceil(columns / 32)]`` int32: bits of each row, and entries before each word."""
+    rows, cols = mask.shape
+    bits = torch.nn.functional.pad(mask, (0, -cols % 32)).view(rows, -1, 32).long()
+    words = (bits << torch.arange(32)).sum(-1)
+    counts = bits.sum(-1).flatten()
+    return words.where(words < 2**31, words - 2**32).int(), (counts.cumsum(0) - counts).view(rows, -1).int()
+
+
+def run_sketch() -> None:
+    """Draws, products both ways with a drawn Q and a given one, squares; a tensor, a difference, a bitmap."""
+    m, n, columns_of_q = (301, 147, 21) if DEVICE.type == "cuda" else (33, 19, 5)
+    mask = torch.rand(m, n) < 0.2
+    words, starts = moved(*bitmap_of(mask))
+    values, first, second = moved(torch.randn(int(mask.sum())), torch.randn(1, m, n), torch.randn(1, n, m).mT)
+    sources = [sketch.Source((1, m, n), values, words=words, starts=starts)]
+    sources += [sketch.Source((1, m, n), first.to(dtype)) for dtype in DTYPES]
+    sources += [sketch.Source((1, m, n), first.to(DTYPES[-1]), second, (1.0, -1.0))]
+    for source in sources:
+        for transposed, reduced in ((False, n), (True, m)):
+            (q,) = moved(torch.randn(1, columns_of_q, reduced))
+            for given in (None, q) if DEVICE.type == "cuda" else (q if transposed else None,):
+                sketch.product(source, given, columns_of_q, transposed, (7, 1))
+        sketch.squares(source)
+    sketch.normals(3, 1, (2, n, columns_of_q), DEVICE)
+
+
+LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_expand, run_routing, run_sparse_delta, run_sketch]
 
 
 @triton.jit

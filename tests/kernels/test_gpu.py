@@ -31,15 +31,15 @@ def moved(routing: Routing) -> Routing:
 @pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_rank", [1, 16, 100, 512])
-@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(1, 4096, 4096), (70, 1000, 333), (2000, 512, 640)])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(1, 4096, 4096), (70, 1000, 333), (1300, 512, 640)])
 def test_error_is_at_most_twice_torchs_own(rows, in_features, out_features, max_rank, dtype, mixed, monkeypatch):
     case = make_case(rows, in_features, out_features, max_rank, 6, dtype, mixed)
     ran = []
     real = kernels.multi_lora_
     op._READY.clear()  # what was launched before would be launched again without asking
     monkeypatch.setattr(kernels, "multi_lora_", lambda *args: (ran.append(1), real(*args)))
-    got = multi_lora(case.x.cuda(), case.pool.cuda(), moved(case.routing), out=case.out.cuda())
-    case.pool.cpu()
+    pool = copy.deepcopy(case.pool).cuda()  # the case is other tests' too
+    got = multi_lora(case.x.cuda(), pool, moved(case.routing), out=case.out.cuda())
     assert ran
     assert case.error(got.cpu()) <= 2 * case.torch_error + FLOOR[dtype]
 
