@@ -217,41 +217,29 @@ def _popcount(word):
 
 
 @triton.jit
-def _pick(at, word, J: tl.constexpr):
-    """Column ``J`` of every word: its value, or 0; and where the next value lies."""
-    bit = (word >> J) & 1
-    return tl.load(at, mask=bit != 0, other=0.0), at + bit
-
-
-@triton.jit
-def _eight(at, word, J: tl.constexpr):
-    """``[..., 8]``, columns ``J`` to ``J + 7`` of every word; and where the next value lies."""
-    v0, at = _pick(at, word, J)
-    v1, at = _pick(at, word, J + 1)
-    v2, at = _pick(at, word, J + 2)
-    v3, at = _pick(at, word, J + 3)
-    v4, at = _pick(at, word, J + 4)
-    v5, at = _pick(at, word, J + 5)
-    v6, at = _pick(at, word, J + 6)
-    v7, at = _pick(at, word, J + 7)
-    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
-    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-    return tl.join(even, odd), at  # [..., 2, 2, 2]
+def _interleave(parts, COUNT: tl.constexpr):
+    """``COUNT`` tensors and as many more into ``COUNT``, joined along a new last dimension."""
+    joined = ()
+    for i in tl.static_range(COUNT):
+        joined += (tl.join(parts[i], parts[i + COUNT]),)
+    return joined
 
 
 @triton.jit
 def _dense_tile(values, at, word, BLOCK_N: tl.constexpr):
-    """``[N, 64]``: 64 columns of N outputs, of ``word [N, 2]``, values of which begin at ``at [N, 2]``.
+    """``[N, 64]``: 64 columns of N outputs, of ``word [2 N]``, values of which begin at ``at [2 N]``.
 
     A thread has whole words, so that it finds its values by steps and nothing is counted.
     """
     at = values + at
-    b0, at = _eight(at, word, 0)
-    b1, at = _eight(at, word, 8)
-    b2, at = _eight(at, word, 16)
-    b3, at = _eight(at, word, 24)
-    tile = tl.join(tl.join(b0, b2), tl.join(b1, b3))  # [N, 2, (2, 2, 2), 2, 2]: the last two are the bytes
-    return tl.reshape(tl.permute(tile, [0, 1, 5, 6, 2, 3, 4]), [BLOCK_N, 64])
+    parts = ()
+    for j in tl.static_range(32):
+        bit = (word >> j) & 1
+        parts += (tl.load(at, mask=bit != 0, other=0.0),)
+        at += bit
+    parts = _interleave(_interleave(parts, 16), 8)
+    parts = _interleave(_interleave(_interleave(parts, 4), 2), 1)
+    return tl.reshape(parts[0], [BLOCK_N, 64])
 
 
 @triton.jit
@@ -295,7 +283,7 @@ def _expand_kernel(
         return
     values = _pointer(values_at, x.dtype.element_ty)
     starts = _pointer(_address(table, slot, 2, FIELDS), tl.int32)
-    bitmap = _pointer(_address(table, slot, 3, FIELDS), tl.int32)
+    bitmap = _pointer(_address(table, slot, 3, FIELDS), tl.int64)
     pairs = first + tl.arange(0, BLOCK_M)
     live = pairs < stop
     row = tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
@@ -303,19 +291,24 @@ def _expand_kernel(
     inside = offs_n < out_features
     offs_k = tl.arange(0, WORD)
     words = (in_features + WORD - 1) // WORD
-    half = tl.arange(0, 2)[None, :]
-    words_at = bitmap + offs_n.to(tl.int64)[:, None] * (2 * words) + half  # [N, 2]
+    offs_h = tl.arange(0, 2 * BLOCK_N)  # halves of words: the first of an output, the second, ...
+    of_half = tl.program_id(1) * BLOCK_N + offs_h // 2
+    there = of_half < out_features
+    words_at = bitmap + of_half.to(tl.int64) * words
     x_at = x + row[:, None] * x_stride + offs_k[None, :]  # [M, WORD]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chunk in range(tl.where(values_at != 0, chunks, 0)):
-        begin = _starts(starts, offs_n * chunks + chunk, inside, ALIGN)[:, None] + tl.zeros([BLOCK_N, 2], tl.int32)
+        begin = _starts(starts, of_half * chunks + chunk, there, ALIGN)  # [2 N]
         word_0 = chunk * (CHUNK // WORD)
         for w in range(word_0, tl.minimum(word_0 + CHUNK // WORD, words)):
-            word = tl.load(words_at + 2 * w, mask=inside[:, None], other=0)  # [N, 2]
-            count = _popcount(word)
-            low = tl.sum(tl.where(half == 0, count, 0), 1)[:, None]
-            tile = _dense_tile(values, begin + half * low, word, BLOCK_N)
-            begin += tl.sum(count, 1)[:, None]
+            word = tl.load(words_at + w, mask=there, other=0)
+            low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+            second = offs_h % 2 == 1
+            tile = _dense_tile(
+                values, begin + tl.where(second, _popcount(low), 0), tl.where(second, high, low), BLOCK_N
+            )
+            tile = tl.where(inside[:, None], tile, 0.0)  # is so already; Triton 3.6 cannot transpose a bare reshape
+            begin += _popcount(low) + _popcount(high)
             left = in_features - w * WORD
             x_block = tl.load(x_at + w * WORD, mask=live[:, None] & (offs_k[None, :] < left), other=0.0)
             acc = tl.dot(x_block, tl.trans(tile), acc, input_precision="ieee")
@@ -434,6 +427,7 @@ def launches(
                 shared | {"BLOCK_M": expand.block_m, "BLOCK_N": expand.block_n, "WORD": WORD},
                 expand.num_warps,
                 expand.num_stages,
+                expand.max_registers if backend == "cuda" else None,
             )
         )
     if row_starts is not None:

@@ -34,6 +34,7 @@ class Expand:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 255
 
 
 @dataclass(frozen=True)
