@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "magnitude_prune",
     "multi_lora",
     "multi_lora_linear",
+    "multi_lora_slices",
     "randomized_svd",
     "sparse_delta_linear",
     "sparsify",
@@ -115,6 +117,32 @@ def multi_lora_linear(
         bias = None if bias is None else bias.to(dtype)
     lora = (pool_a, pool_b, slot_rank, slot_scaling, *routing.tensors, routing.tiles)
     return torch.ops.lora_fuse.multi_lora_linear(x, weight, bias, *lora, counters)  # type: ignore[no-any-return]
+
+
+def multi_lora_slices(
+    x: Tensor, pools: Sequence[AdapterPool | None], sizes: Sequence[int], routing: Routing, out: Tensor
+) -> Tensor:
+    """``multi_lora`` of layers that share their input, as q, k and v do, whose outputs lie side by side in ``out``.
+
+    On a GPU the slices share their launches. Each one's result is that of ``multi_lora``, bit for bit.
+
+    Args:
+        x: ``[..., in_features]``, as for ``multi_lora``.
+        pools: of each slice; None: it has no slots, its columns are left alone.
+        sizes: columns of each slice.
+        routing: ``Routing`` with as many slots as the pools.
+        out: ``[..., sum(sizes)]``, dtype of ``x``, added to in place, see ``multi_lora``.
+    Returns:
+        ``out``.
+    Raises:
+        ValueError: as ``multi_lora``; or ``pools`` and ``sizes`` differ in length.
+    """
+    if len(pools) != len(sizes):
+        raise ValueError(f"pools, sizes: have {len(pools)} and {len(sizes)} entries, accepted is one for each slice")
+    _check_call(x, routing, out)
+    args = (*_op.slices_of(pools, sizes), *routing.tensors, routing.tiles)
+    torch.ops.lora_fuse.multi_lora_slices_(out, x, *args)
+    return out
 
 
 def _refuse_rows(x: Tensor, routing: Routing) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SPLIT_ALIGN = 256  # columns; cuts lie at multiples, whatever the block
+SLICES = 3  # layers of one launch at most: q, k, v
 _FEW_PAIRS = 1024
 _WAVE = 132  # programs that fill a large GPU once
+_SPREAD = 64  # programs that a call is cut into at least, where it can be
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,16 @@ class Expand:
     """``y[row] += weight * scaling * h[p] B[slot]``.
 
     Args:
-        max_registers: of a thread. Left alone, ptxas spills a register or two to reach the next step of occupancy.
+        steps: blocks of columns that a program goes over with the same h.
     """
 
     block_m: int
     block_r: int
     block_n: int
+    steps: int
     precision: str
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,34 @@ def tile_capacity(num_pairs: int, num_slots: int) -> int:
     return min(num_pairs, num_pairs // rows + num_slots)
 
 
+def mix_steps(num_rows: int, blocks: int) -> int:
+    """Blocks of columns that a program of a row with several pairs goes over.
+
+    Most rows have no such program's work, and where the host cannot know, each has to be launched all the same.
+    """
+    steps = 1
+    while steps < blocks and num_rows * -(-blocks // steps) > 2 * _WAVE:
+        steps *= 2
+    return steps
+
+
 def plan(
-    in_features: int, out_features: int, max_rank: int, num_pairs: int, num_slots: int, dtype: str, backend: str
+    in_features: int,
+    out_features: int,
+    max_rank: int,
+    num_pairs: int,
+    num_slots: int,
+    dtype: str,
+    backend: str,
+    slices: int = 1,
 ) -> Plan:
     """The launches for a shape.
 
     Args:
+        out_features: of all slices.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         backend: Triton's, ``"cuda"`` or ``"hip"``.
+        slices: layers that share x.
     """
     tiles, block_m = tile_capacity(num_pairs, num_slots), tile_rows(num_pairs)
     block_r = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
@@ -84,15 +106,21 @@ def plan(
     split_len = _round_up(-(-in_features // splits), SPLIT_ALIGN)
     splits = -(-in_features // split_len)
     rank_blocks = -(-max_rank // block_r)
-    planes = splits if tiles * rank_blocks < 2 * _WAVE else 1
-    shrink = Shrink(block_m, block_r, 64 if wide else 128, split_len, planes, 4, 2 if wide else 3)
-    block_n, fewest_tiles = 64, -(-num_pairs // block_m)  # all rows may want one adapter
-    while block_n < (256 if block_m == 16 and block_r <= 32 and not wide else 128) and (
-        fewest_tiles * (out_features // (2 * block_n)) >= 2 * _WAVE
+    planes = splits if tiles * rank_blocks * slices < 2 * _WAVE else 1
+    block_k = 128 if not wide else 64 if block_r < 64 else 32
+    shrink = Shrink(block_m, block_r, block_k, split_len, planes, 4, 2 if wide else 3)
+    # The fewest tiles are those of rows that all want one adapter; the most, whatever the batch may look like.
+    blocks, at_once, fewest = -(-out_features // 64), 1, -(-num_pairs // block_m)
+    while at_once < 16 and (
+        fewest * (blocks // (2 * at_once)) >= _SPREAD and tiles * (blocks // (2 * at_once)) >= 2 * _WAVE
     ):
-        block_n *= 2
+        at_once *= 2
+    block_n = 128 if at_once > 1 and block_r <= 32 and not wide else 64
     precision = "bf16" if dtype == "bfloat16" else "tf32" if dtype == "float16" and backend == "cuda" else "ieee"
-    return Plan(shrink, Expand(block_m, min(block_r, 32), block_n, precision, 4, 1, 255))
+    steps = at_once * 64 // block_n
+    return Plan(
+        shrink, Expand(block_m, block_r if max_rank <= 64 else 32, block_n, steps, precision, 4, 1 if wide else 2)
+    )
 
 
 def _round_up(n: int, to: int) -> int:

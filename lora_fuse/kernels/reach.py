@@ -6,7 +6,7 @@ Batch sizes choose among few plans, whose bounds are searched for; tensors that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_fuse.kernels.configs import tile_capacity
 from lora_fuse.kernels.launch import Launch
-from lora_fuse.kernels.multi_lora import launches
+from lora_fuse.kernels.multi_lora import Slice, slice_launches
 from lora_fuse.kernels.routing import sort_launch, tiles_launch
 
 Sized = Callable[[int], list[Launch]]
@@ -54,8 +54,9 @@ def _bounds(
 
 
 def multi_lora_launches(
-    pool: tuple[Tensor, Tensor, Tensor, Tensor],
-    columns: tuple[int, int],
+    pools: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    starts: Sequence[int],
+    columns: int,
     most_rows: int,
     most_pairs: int,
     backend: str,
@@ -64,19 +65,20 @@ def multi_lora_launches(
     several pairs or none.
 
     Args:
-        pool: ``(pool_a, pool_b, slot_rank, slot_scaling)``, the layer's own: where they lie counts.
-        columns: where the output lies: its first column, and how many there are with packed siblings'.
+        pools: ``(pool_a, pool_b, slot_rank, slot_scaling)`` of each slice, the layers' own: where they lie counts.
+        starts: the first column of each in the output.
+        columns: of the output.
         most_rows: of the flattened input.
         most_pairs: of a row.
         backend: Triton's name of the device kind.
     """
-    pool_a, pool_b, slot_rank, _ = pool
-    start, total = columns
+    slices = [Slice(*pool, start) for pool, start in zip(pools, starts, strict=True)]
+    pool_a, _, slot_rank, _ = pools[0]
     num_slots, dtype = slot_rank.shape[0], pool_a.dtype
 
     def made(num_rows: int, num_pairs: int, weights: bool, mixes: bool) -> list[Launch]:
         x = torch.empty(num_rows, pool_a.shape[1], dtype=dtype, device="meta")
-        out = torch.empty(num_rows, total, dtype=dtype, device="meta")[:, start : start + pool_b.shape[1]]
+        out = torch.empty(num_rows, columns, dtype=dtype, device="meta")
         routing = (
             _ints(num_pairs),
             torch.empty(num_pairs, device="meta") if weights else None,
@@ -84,7 +86,8 @@ def multi_lora_launches(
             _ints(num_rows + 1) if mixes else None,
             _ints(num_pairs) if mixes else None,
         )
-        return launches(out, x, pool, routing, _ints(tile_capacity(num_pairs, num_slots), 4), backend)
+        tiles = _ints(tile_capacity(num_pairs, num_slots), 4)
+        return slice_launches(out, x, slices, routing, tiles, backend)
 
     for weights, mixes in product((False, True), repeat=2):
         at_once = most_pairs if mixes else 1

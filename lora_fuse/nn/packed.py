@@ -19,7 +19,8 @@ from lora_fuse._cpu import may_bypass as _may_bypass
 from lora_fuse._cpu import serve_packed as _serve_packed
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.nn.augmented import MOST_ROWS, Beside, has_room, linear_with_lora
-from lora_fuse.nn.linear import MultiLoRALinear, add_lora
+from lora_fuse.nn.linear import MultiLoRALinear, add_biases
+from lora_fuse.ops.multi_lora import slices_fresh_, slices_of
 
 _HABIT = 2  # outputs that went to waste so many times in a row are no longer computed
 
@@ -215,8 +216,9 @@ class Pack:
         routing = serving.routing(tuple(x.shape[:-1]), x.device, layer.lora_path)
         if routing is None:
             return outputs
+        slices_fresh_(y, x, *slices_of(run.pools, run.sizes), *routing.tensors, routing.tiles)
         pairs = zip(outputs, run.pools, strict=True)
-        return tuple(part if pool is None else add_lora(part, x, pool, routing, True) for part, pool in pairs)
+        return tuple(part if pool is None else add_biases(part, pool, routing) for part, pool in pairs)
 
 
 def _own(p: nn.Parameter) -> nn.Parameter:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.slab import SlabLayout
-from lora_fuse.functional import multi_lora, sparse_delta_linear
+from lora_fuse.functional import multi_lora, multi_lora_slices, sparse_delta_linear
 from lora_fuse.nn.attachment import Attachment, attachment_of
 from lora_fuse.nn.capture import mode_of
 from lora_fuse.nn.joint_site import JointSlots
@@ -47,7 +48,7 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64), max_tokens: in
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens!r}, accepted is an integer from 1")
     seen, attachment = set(), attachment_of(model)
-    for device in {pool.pool_a.device for pool, _ in _lora_sites(attachment)}:
+    for device in {pool.pool_a.device for (pool, *_), _, _ in _lora_sites(attachment)}:
         if device.type == "cuda":
             _compile(attachment, device, max_tokens)
     for op, pool, slots, sizes, like, columns in _parts(attachment):
@@ -62,7 +63,8 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64), max_tokens: in
             used = torch.tensor(slots, device=like.device)[torch.arange(rows, device=like.device) % len(slots)]
             routing = Routing.from_slots(used, pool.num_slots)
             op(x, pool, routing, out=y)
-            if op is multi_lora and mode_of(like.device):  # captured forwards take kernels of their own
+            routed = op is multi_lora or isinstance(op, _Slices)
+            if routed and mode_of(like.device):  # captured forwards take kernels of their own
                 layout = SlabLayout(rows, attachment.serving.max_pairs, pool.num_slots)
                 slab = layout.empty(like.device)
                 layout.write(slab, routing)
@@ -84,27 +86,39 @@ def reachable(attachment: Attachment, device: torch.device, max_tokens: int, bac
 
     serving, seen = attachment.serving, set()
     yield from routing_launches(serving.physical_slots, max_tokens, serving.max_pairs)
-    for pool, columns in _lora_sites(attachment):
-        tensors = pool.tensors
-        kind = [(tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
-        if pool.pool_a.device == device and (*kind, columns) not in seen:
-            seen.add((*kind, columns))
-            yield from multi_lora_launches(tensors, columns, max_tokens, serving.max_pairs, backend)
+    for pools, starts, columns in _lora_sites(attachment):
+        tensors = [pool.tensors for pool in pools]
+        kind = tuple((tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16) for of in tensors for t in of)
+        if pools[0].pool_a.device == device and (kind, starts, columns) not in seen:
+            seen.add((kind, starts, columns))
+            yield from multi_lora_launches(tensors, starts, columns, max_tokens, serving.max_pairs, backend)
 
 
-def _lora_sites(attachment: Attachment) -> Iterator[tuple[AdapterPool, tuple[int, int]]]:
-    """Each pool, and where its output may lie: the first column, and how many there are with packed siblings'."""
+def _lora_sites(attachment: Attachment) -> Iterator[tuple[list[AdapterPool], tuple[int, ...], int]]:
+    """Pools that serve an input together, where the output of each begins, and how many columns there are."""
     for layer in attachment.layers.values():
-        yield layer.lora_pool, (0, layer.lora_pool.out_features)
+        yield [layer.lora_pool], (0,), layer.lora_pool.out_features
     for site in attachment.sparse.values():
         for pool in site.lora_sparse.pools if isinstance(site.lora_sparse, JointSlots) else ():
-            yield pool, (0, pool.out_features)
+            yield [pool], (0,), pool.out_features
     for pack, _ in attachment.packs:
-        sizes = pack.sizes
-        for i, packed in enumerate(pack.pools if pack.live else ()):
-            for first, end in product(range(i + 1), range(i + 1, len(sizes) + 1)):  # neighbours may run without others
-                if packed is not None and end - first > 1:
-                    yield packed, (sum(sizes[first:i]), sum(sizes[first:end]))
+        for first, end in combinations(range(len(pack.sizes) + 1 if pack.live else 0), 2):  # who runs without others
+            has = [i for i in range(first, end) if pack.pools[i] is not None]
+            if has and end - first > 1:
+                starts = tuple(sum(pack.sizes[first:i]) for i in has)
+                yield [pack.pools[i] for i in has], starts, sum(pack.sizes[first:end])  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """``multi_lora_slices`` of a pack; kinds that take the same kernels are equal."""
+
+    sizes: tuple[int, ...]
+    filled: tuple[bool, ...]
+    pools: tuple[AdapterPool | None, ...] = field(compare=False)
+
+    def __call__(self, x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor) -> Tensor:
+        return multi_lora_slices(x, self.pools, self.sizes, routing, out)
 
 
 _Part = tuple[Callable[..., Tensor], Any, list[int], tuple[int, int], Tensor, tuple[int, int]]
@@ -122,6 +136,11 @@ def _parts(attachment: Attachment) -> Iterator[_Part]:
             if packed is not None:
                 sizes, columns = (packed.in_features, packed.out_features), (sum(pack.sizes[:i]), sum(pack.sizes))
                 yield multi_lora, packed, [*range(packed.num_slots)], sizes, packed.pool_a, columns
+        pools = [p for p in pack.pools if p is not None] if pack.live else []
+        if len(pools) > 1:
+            slices = _Slices(pack.sizes, tuple(p is not None for p in pack.pools), pack.pools)
+            sizes, like = (pools[0].in_features, sum(pack.sizes)), pools[0].pool_a
+            yield slices, pools[0], [*range(pools[0].num_slots)], sizes, like, (0, sizes[1])
     for site in attachment.sparse.values():
         slots = site.lora_sparse
         if isinstance(slots, JointSlots):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch  # before _cpu: the extension shares the OpenMP runtime that torch loads
@@ -22,6 +23,10 @@ _ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_sta
 _TILES = "Tensor? tiles=None"  # Routing.tiles: what CUDA kernels go by
 LIBRARY.define(f"multi_lora(Tensor x, {_POOL}, {_ROUTING}, {_TILES}) -> Tensor")
 LIBRARY.define(f"multi_lora_(Tensor(a!) out, Tensor x, {_POOL}, {_ROUTING}, {_TILES}) -> ()")
+# pools: of each slice, the four tensors; starts: its first column in out
+LIBRARY.define(
+    f"multi_lora_slices_(Tensor(a!) out, Tensor x, Tensor[] pools, int[] starts, {_ROUTING}, {_TILES}) -> ()"
+)
 
 
 def _cpu_(out: Tensor, x: Tensor, *args: Any) -> None:
@@ -46,6 +51,7 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
 
 _READY: dict[bytes, Any] = {}  # launches that were made before, see kernels.launch; all checks were passed then
 _cpu.set_ready_launches(_READY)
+_READY_SLICES: dict[bytes, Any] = {}
 
 
 def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
@@ -54,15 +60,43 @@ def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
         return
     pool, routing, tiles = args[:4], args[4:9], args[9] if len(args) > 9 else None
     _check_shapes(out, x, pool, routing, tiles)
-    dtypes = {out.dtype, x.dtype, pool[0].dtype, pool[1].dtype}
-    rows, features = x.shape[:-1].numel(), x.shape[-1]
+    if not _launch(out, x, [(pool, 0)], routing, tiles, operands, _READY):
+        _composite_(out, x, *args)
+
+
+def _cuda_slices_(out: Tensor, x: Tensor, pools: list[Tensor], starts: list[int], *args: Any) -> None:
+    operands = (out, x, *starts, *pools, *args)
+    if len(args) == 6 and not x.is_neg() and _cpu.launch_again(_READY_SLICES, operands):
+        return
+    routing, tiles = args[:5], args[5] if len(args) > 5 else None
+    slices = _slices(out, pools, starts)
+    for part, pool in slices:
+        _check_shapes(part, x, pool, routing, tiles)
+    placed = [(pool, start) for (_, pool), start in zip(slices, starts, strict=True)]
+    if not _launch(out, x, placed, routing, tiles, operands, _READY_SLICES):
+        _each_slice(_composite_, out, x, pools, starts, *args)
+
+
+def _launch(
+    out: Tensor,
+    x: Tensor,
+    slices: Sequence[tuple[PoolTensors, int]],
+    routing: RoutingTensors,
+    tiles: Tensor | None,
+    operands: tuple[Tensor | int | None, ...],
+    ready: dict[bytes, Any],
+) -> bool:
+    """Run the kernels for pools and the columns of ``out`` that they begin at; False if there are none for these."""
+    dtypes = {x.dtype, *(t.dtype for pool, _ in slices for t in pool[:2])}
     if tiles is None or (tiles.shape[0] == 0) != (routing[0].shape[0] == 0) or len(dtypes) > 1:
-        return _composite_(out, x, *args)
+        return False
     if x.dtype not in KERNEL_DTYPES or x.is_neg():
-        return _composite_(out, x, *args)
-    for name, t in (("pool_a", pool[0]), ("pool_b", pool[1])):
-        if t.stride(1) != 1 and t.shape[1] > 1:
-            raise ValueError(f"{name}: strides {t.stride()}, accepted is unit stride in the last dimension")
+        return False
+    for pool, _ in slices:
+        for name, t in (("pool_a", pool[0]), ("pool_b", pool[1])):
+            if t.stride(1) != 1 and t.shape[1] > 1:
+                raise ValueError(f"{name}: strides {t.stride()}, accepted is unit stride in the last dimension")
+    rows, features = x.shape[:-1].numel(), x.shape[-1]
     try:
         y = out.view(rows, out.shape[-1])
     except RuntimeError:
@@ -75,9 +109,55 @@ def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:
     flat = x.reshape(rows, features)
     if flat.stride(1) != 1 and features > 1:
         flat = flat.contiguous()
-    from lora_fuse.kernels.multi_lora import multi_lora_  # triton, only where there is a device for it
+    from lora_fuse.kernels.multi_lora import Slice, multi_lora_  # triton, only where there is a device for it
 
-    multi_lora_(y, flat, pool, routing, tiles, operands, _READY)
+    multi_lora_(y, flat, [Slice(*pool, start) for pool, start in slices], routing, tiles, operands, ready)
+    return True
+
+
+def _slices(out: Tensor, pools: list[Tensor], starts: list[int]) -> list[tuple[Tensor, PoolTensors]]:
+    """Each slice's columns of ``out``, and its pool."""
+    if len(pools) != 4 * len(starts):
+        raise ValueError(f"pools: {len(pools)} tensors for {len(starts)} slices, accepted are four for each")
+    slices, end = [], 0
+    for i, start in enumerate(starts):
+        pool_a, pool_b, slot_rank, slot_scaling = pools[4 * i : 4 * i + 4]
+        width = pool_b.shape[-1]
+        if not end <= start <= out.shape[-1] - width:
+            raise ValueError(
+                f"starts: slice {i} has columns {start} to {start + width}, accepted are {end} to {out.shape[-1]}"
+            )
+        end = start + width
+        slices.append((out[..., start:end], (pool_a, pool_b, slot_rank, slot_scaling)))
+    return slices
+
+
+def slices_of(pools: Sequence[Any], sizes: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    """``(pools, starts)`` as the op takes them, of ``AdapterPool`` or None for each slice, and its columns."""
+    tensors: list[Tensor] = []
+    starts, start = [], 0
+    for pool, size in zip(pools, sizes, strict=True):
+        if pool is not None:
+            tensors += pool.tensors
+            starts.append(start)
+        start += size
+    return tensors, starts
+
+
+def slices_fresh_(out: Tensor, x: Tensor, pools: list[Tensor], starts: list[int], *args: Any) -> None:
+    """The op ``multi_lora_slices_`` without torch's dispatcher: in plain inference, for an ``out`` that nobody has
+    seen."""
+    if x.is_cuda:
+        _cuda_slices_(out, x, pools, starts, *args)
+    else:
+        _each_slice(_cpu_ if x.device.type == "cpu" else _composite_, out, x, pools, starts, *args)
+
+
+def _each_slice(
+    op: Callable[..., None], out: Tensor, x: Tensor, pools: list[Tensor], starts: list[int], *args: Any
+) -> None:
+    for part, pool in _slices(out, pools, starts):
+        op(part, x, *pool, *args)
 
 
 def _cuda_new(x: Tensor, *args: Any) -> Tensor:
@@ -252,10 +332,14 @@ LIBRARY.impl("multi_lora", _cpu_new, "CPU")
 LIBRARY.impl("multi_lora_", _cpu_, "CPU")
 LIBRARY.impl("multi_lora", _cuda_new, "CUDA")
 LIBRARY.impl("multi_lora_", _cuda_, "CUDA")
+LIBRARY.impl("multi_lora_slices_", _cuda_slices_, "CUDA")
+LIBRARY.impl("multi_lora_slices_", partial(_each_slice, _cpu_), "CPU")
+LIBRARY.impl("multi_lora_slices_", partial(_each_slice, _composite_), "CompositeExplicitAutograd")
 LIBRARY.impl("multi_lora", _composite, "CompositeExplicitAutograd")
 LIBRARY.impl("multi_lora_", _composite_, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fuse::multi_lora", _fake, lib=LIBRARY)
 torch.library.register_fake("lora_fuse::multi_lora_", lambda *args: None, lib=LIBRARY)
+torch.library.register_fake("lora_fuse::multi_lora_slices_", lambda *args: None, lib=LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:

@@ -56,7 +56,8 @@ class Resources:
 def resources(kernel: Any, target: GPUTarget, scratch: Path) -> Resources:
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+        # Scalar registers are spilled into lanes of vector registers: no memory.
+        spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
         return Resources(spilled, kernel.metadata.shared, frozenset(re.findall(r"v_mfma\w+", text)))
     cubin = scratch / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])

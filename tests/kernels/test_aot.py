@@ -7,68 +7,92 @@ import torch
 from aot import TARGETS, compiled, resources
 from torch import Tensor
 
+from lora_fuse.adapters.slab import SlabLayout
 from lora_fuse.kernels.configs import tile_capacity
-from lora_fuse.kernels.multi_lora import expand_launches, launches
+from lora_fuse.kernels.multi_lora import Slice, expand_launches, launches
 
-CASES = [  # rows, in, out, max_rank, slots, dtype, mixed
-    pytest.param(16, 4096, 4096, 16, 8, torch.bfloat16, True, id="decode-mixed"),
-    pytest.param(64, 14336, 4096, 32, 64, torch.bfloat16, False, id="decode-many"),
-    pytest.param(16, 4096, 28672, 8, 8, torch.float16, False, id="decode-fp16"),
-    pytest.param(4096, 4096, 6144, 16, 8, torch.bfloat16, False, id="prefill"),
-    pytest.param(4096, 4096, 4096, 512, 8, torch.bfloat16, False, id="prefill-rank-512"),
-    pytest.param(64, 4096, 4096, 64, 8, torch.float16, False, id="fp16-rank-64"),
-    pytest.param(32, 384, 1536, 100, 8, torch.float32, True, id="fp32"),
+QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
+CASES = [  # rows, in, widths of the slices, max_rank, slots, dtype; captured: weights, mixes and padding
+    pytest.param(16, 4096, (4096,), 16, 8, torch.bfloat16, True, id="decode-captured"),
+    pytest.param(64, 14336, (4096,), 32, 64, torch.bfloat16, False, id="decode-many"),
+    pytest.param(16, 4096, (28672,), 8, 8, torch.float16, False, id="decode-fp16"),
+    pytest.param(16, 4096, QKV, 16, 9, torch.bfloat16, True, id="decode-qkv-captured"),
+    pytest.param(64, 4096, GATE_UP, 64, 9, torch.bfloat16, True, id="decode-gate-up-captured"),
+    pytest.param(4096, 4096, (6144,), 16, 8, torch.bfloat16, False, id="prefill"),
+    pytest.param(4096, 4096, QKV, 64, 8, torch.bfloat16, False, id="prefill-qkv"),
+    pytest.param(4096, 4096, (4096,), 512, 8, torch.bfloat16, False, id="prefill-rank-512"),
+    pytest.param(64, 4096, (4096,), 64, 8, torch.float16, False, id="fp16-rank-64"),
+    pytest.param(32, 384, (1536,), 100, 8, torch.float32, True, id="fp32-captured"),
+    pytest.param(64, 384, (384, 384, 384), 64, 8, torch.float32, False, id="fp32-qkv"),
 ]
 
 
-def arguments(rows: int, in_features: int, out_features: int, rank: int, slots: int, dtype: torch.dtype, mixed: bool):
-    def of(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    pool = (of(slots * rank, in_features, dtype=dtype), of(slots * rank, out_features, dtype=dtype), of(slots))
-    routing = (of(rows), of(rows, dtype=torch.float32) if mixed else None, of(slots + 1))
-    mixes = (of(rows + 1), of(rows)) if mixed else (None, None)
-    out, x = of(rows, out_features, dtype=dtype), of(rows, in_features, dtype=dtype)
-    tiles = of(tile_capacity(rows, slots), 4)
-    return out, x, (*pool, of(slots, dtype=torch.float32)), (*routing, *mixes), tiles
+def of(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize(("rows", "in_features", "out_features", "rank", "slots", "dtype", "mixed"), CASES)
-def test_plans_fit_the_device(name, rows, in_features, out_features, rank, slots, dtype, mixed, tmp_path, own_cache):
+def arguments(rows, in_features, widths, rank, slots, dtype, captured):
+    """Of ``launches``, as a call on a device has them."""
+    pools, start = [], 0
+    for width in widths:
+        a, b = (of(slots * rank, n, dtype=dtype) for n in (in_features, width))
+        pools.append(Slice(a, b, of(slots), of(slots, dtype=torch.float32), start))
+        start += width
+    if captured:
+        layout = SlabLayout(rows, 4, slots)
+        *routing, tiles = layout.split(of(layout.size))
+    else:
+        routing, tiles = (of(rows), None, of(slots + 1), None, None), of(tile_capacity(rows, slots), 4)
+    return of(rows, start, dtype=dtype), of(rows, in_features, dtype=dtype), pools, routing, tiles
+
+
+QUICK = ("decode-qkv-captured", "prefill-qkv", "fp32-qkv")  # on every target; the others on one, and on all when slow
+COMPILED = [
+    pytest.param(
+        name,
+        *case.values,
+        id=f"{name}-{case.id}",
+        marks=() if name == "sm_90" or case.id in QUICK else pytest.mark.slow,
+    )
+    for name in TARGETS
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "in_features", "widths", "rank", "slots", "dtype", "captured"), COMPILED)
+def test_plans_fit_the_device(name, rows, in_features, widths, rank, slots, dtype, captured, tmp_path, own_cache):
     target, shared = TARGETS[name]
-    made = launches(*arguments(rows, in_features, out_features, rank, slots, dtype, mixed), target.backend)
-    assert len(made) == (3 if mixed else 2)
+    made = launches(*arguments(rows, in_features, widths, rank, slots, dtype, captured), target.backend)
+    assert [launch.kernel.__name__ for launch in made] == ["shrink_kernel", "expand_kernel"]
     for launch in made:
         found = resources(compiled(launch, target), target, tmp_path)
         kernel = launch.kernel.__name__
         assert found.spilled == 0, kernel
         assert found.shared <= shared, kernel
-        dots = kernel in ("_shrink_kernel", "_expand_kernel") and (dtype != torch.float32 or target.backend == "hip")
-        assert bool(found.matrix_instructions) == dots, kernel
+        assert bool(found.matrix_instructions) == (dtype != torch.float32 or target.backend == "hip"), kernel
         # the one family that tiles of every height share: what the bits of a row rest on
         assert not any("wgmma" in i or "tcgen05" in i for i in found.matrix_instructions), kernel
 
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(
-    ("rows", "out_features", "rank", "slots", "dtype", "mixed"),
+    ("rows", "out_features", "rank", "slots", "dtype", "captured"),
     [
-        pytest.param(16, 4096, 16, 9, torch.bfloat16, True, id="mixed"),
+        pytest.param(16, 4096, 16, 9, torch.bfloat16, True, id="captured"),
         pytest.param(256, 6144, 64, 9, torch.bfloat16, False, id="rank-64"),
-        pytest.param(64, 4096, 16, 9, torch.float16, False, id="fp16"),
+        pytest.param(64, 4096, 16, 9, torch.float16, False, id="fp16", marks=pytest.mark.slow),
     ],
 )
-def test_expands_beside_the_weight(name, rows, out_features, rank, slots, dtype, mixed, tmp_path, own_cache):
+def test_expands_beside_the_weight(name, rows, out_features, rank, slots, dtype, captured, tmp_path, own_cache):
     """h lies behind y, in its dtype: one matrix instruction a block, no parts."""
     target, shared = TARGETS[name]
-    _, _, pool, routing, tiles = arguments(rows, 4096, out_features, rank, slots, dtype, mixed)
+    _, _, pools, routing, tiles = arguments(rows, 4096, (out_features,), rank, slots, dtype, captured)
     wide = torch.empty(rows, out_features + slots * rank, dtype=dtype, device="meta")
-    made = expand_launches(wide[:, :out_features], wide[:, out_features:], pool[1:], routing, tiles, target.backend)
-    assert len(made) == (2 if mixed else 1)
-    for launch in made:
-        found = resources(compiled(launch, target), target, tmp_path)
-        assert found.spilled == 0
-        assert found.shared <= shared
-        assert bool(found.matrix_instructions) == (launch.kernel.__name__ == "_expand_kernel")
-        assert not any("wgmma" in i or "tcgen05" in i for i in found.matrix_instructions)
+    out, h = wide[:, :out_features], wide[:, out_features:]
+    made = expand_launches(out, h, pools[0][1:4], routing, tiles, target.backend)
+    assert len(made) == 1
+    found = resources(compiled(made[0], target), target, tmp_path)
+    assert found.spilled == 0
+    assert found.shared <= shared
+    assert found.matrix_instructions
+    assert not any("wgmma" in i or "tcgen05" in i for i in found.matrix_instructions)

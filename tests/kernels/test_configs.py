@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lora_fuse.kernels.configs import plan, tile_capacity, tile_rows
+from lora_fuse.kernels.configs import mix_steps, plan, tile_capacity, tile_rows
 
 FEATURES = (1, 100, 384, 4096, 6144, 14336, 28672)
 RANKS = (1, 8, 16, 17, 64, 100, 512)
@@ -17,7 +17,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_decides_a_rows_bits_does_not_depend_on_the_batch(dtype, backend):
     for in_features, out_features, rank in itertools.product(FEATURES, FEATURES, RANKS):
-        made = [plan(in_features, out_features, rank, t, s, dtype, backend) for t in (1, 16, 64, 4096) for s in (1, 64)]
+        made = [
+            plan(in_features, out_features * n, rank, t, s, dtype, backend, n)
+            for t in (1, 16, 64, 4096)
+            for s in (1, 64)
+            for n in (1, 3)
+        ]
         assert len({(p.shrink.split_len, p.shrink.block_r, p.expand.block_r, p.expand.precision) for p in made}) == 1
 
 
@@ -32,7 +37,29 @@ def test_every_plan_holds_together(dtype):
         assert shrink.split_len % shrink.block_k == 0
         assert shrink.planes in (1, splits)
         assert shrink.block_m == expand.block_m == tile_rows(pairs) <= 32  # no wgmma: its sums may differ
+        assert shrink.block_r % expand.block_r == 0  # the shrink writes whole blocks, as far as there are ranks
+        assert expand.block_r >= rank or rank > 64
         assert min(shrink.block_r, shrink.block_k, expand.block_r, expand.block_n) >= 16  # what tl.dot takes
+
+
+def test_few_rows_are_spread_and_many_are_not_cut_small():
+    def programs(pairs, slots, out_features):
+        made = plan(4096, out_features, 16, pairs, slots, "bfloat16", "cuda").expand
+        return -(-pairs // made.block_m) * -(-out_features // (made.block_n * made.steps)), made.block_n * made.steps
+
+    assert programs(1, 8, 4096) == (64, 64)
+    assert programs(64, 64, 4096)[1] == 256  # wide loads of B for rows that all want others
+    many, columns = programs(4096, 8, 4096)
+    assert many >= 264
+    assert columns >= 512  # h is read once for all of them
+
+
+def test_rows_with_several_pairs_take_few_programs():
+    for rows, blocks in itertools.product((1, 7, 64, 4096), (1, 3, 64, 448)):
+        steps = mix_steps(rows, blocks)
+        programs = rows * -(-blocks // steps)
+        assert programs <= max(264, rows)
+        assert steps == 1 or 2 * programs > 264 or programs == rows
 
 
 def test_tiles_are_enough():

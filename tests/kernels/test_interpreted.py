@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import make_case, make_pool, pairs_of, routing_of
+from cases import make_case, make_pool, mixed_pairs, pairs_of, routing_of
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.kernels.configs import plan, tile_rows
-from lora_fuse.kernels.multi_lora import launches
+from lora_fuse.kernels.multi_lora import Slice, launches, slice_launches
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.ops.multi_lora import _cuda_ as op_for_cuda
+from lora_fuse.ops.multi_lora import _cuda_slices_ as slices_for_cuda
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4}
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in FLOOR]
@@ -30,7 +31,7 @@ SHAPES = [  # rows, in, out, max_rank, slots
 def run(out, x, pool, routing, backend="cuda", chosen=None):
     """As the op does on a GPU."""
     tiles = build_tiles(routing.segment_starts, routing.num_pairs)
-    for launch in launches(out, x, pool.tensors, routing.tensors, tiles, backend, chosen):
+    for launch in launches(out, x, [Slice(*pool.tensors)], routing.tensors, tiles, backend, chosen):
         launch.run()
     return out
 
@@ -61,6 +62,41 @@ def test_a_row_does_not_see_the_others(dtype):
     assert torch.equal(run(out.clone(), x, pool, Routing.from_slots(slots, 4), chosen=serial), want)
     wide = replace(serial, expand=replace(serial.expand, block_n=32))
     assert torch.equal(run(out.clone(), x, pool, Routing.from_slots(slots, 4), chosen=wide), want)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_have_the_bits_of_layers_alone(dtype, mixed):
+    """Of other widths, with other ranks in the same slots, and one without a pool between them; one program's columns
+    being one block of a slice or several."""
+    widths, in_features, rows = (100, 30, 17, 70), 1100, 9
+    ranks = ([20, 3, 0], None, [7, 20, 9], [0, 0, 11])
+    pools = [r and make_pool(3, 20, in_features, w, dtype, r) for w, r in zip(widths, ranks, strict=True)]
+    pairs = mixed_pairs(rows, 3) if mixed else pairs_of(torch.arange(rows) % 4 - 1)
+    routing = routing_of(pairs, rows, 3)
+    x, out = torch.randn(rows, in_features).to(dtype), torch.randn(rows, sum(widths)).to(dtype)
+    want = torch.cat(
+        [
+            part if pool is None else run(part.clone(), x, pool, routing)
+            for part, pool in zip(out.split(widths, 1), pools, strict=True)
+        ],
+        1,
+    )
+    starts = [0, 100, 130, 147]
+    slices = [Slice(*pool.tensors, start) for pool, start in zip(pools, starts, strict=True) if pool is not None]
+    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    shipped = plan(in_features, 187, 20, len(pairs), 3, str(dtype).removeprefix("torch."), "cuda", 3)
+    for expand in (shipped.expand, replace(shipped.expand, block_n=16, steps=2)):
+        got = out.clone()
+        for launch in launches(got, x, slices, routing.tensors, tiles, "cuda", replace(shipped, expand=expand)):
+            launch.run()
+        assert torch.equal(got, want)
+    got = out.clone()
+    four = [*slices, slices[0]]  # more than a launch takes
+    for launch in slice_launches(got, x, four, routing.tensors, tiles, "cuda"):
+        launch.run()
+    twice = run(want[:, :100].clone(), x, pools[0], routing)
+    assert torch.equal(got, torch.cat([twice, want[:, 100:]], 1))
 
 
 def test_rows_without_an_adapter_keep_their_bits():
@@ -115,6 +151,37 @@ class TestTheOp:
         wide[..., ::2], deep[:] = self.x, self.x.permute(2, 1, 0)
         for x in (self.x, wide[..., ::2], deep.permute(2, 1, 0), self.x.expand(2, 3, 24)):
             torch.testing.assert_close(self.call(torch.zeros(2, 3, 10), x), want)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+    def test_slices(self, dtype):
+        """By the kernels, by plain torch, and by the CPU's op."""
+        other, x = make_pool(3, 4, 24, 7, dtype), self.x.to(dtype)
+        pools = [*self.pool.to(dtype).tensors, *other.tensors]
+        out = torch.randn(2, 3, 20).to(dtype)
+        want = out.clone()
+        for pool, columns in ((self.pool, slice(0, 10)), (other, slice(12, 19))):
+            want[..., columns] += multi_lora(x, pool, self.routing)
+        by_hand = out.clone()
+        slices_for_cuda(by_hand, x, pools, [0, 12], *self.routing.tensors, self.tiles)
+        by_op = torch.ops.lora_fuse.multi_lora_slices_(out, x, pools, [0, 12], *self.routing.tensors)
+        assert by_op is None
+        tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(by_hand, want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(out, want, rtol=tolerance, atol=tolerance)
+
+    def test_bad_slices(self):
+        out, pools = torch.zeros(2, 3, 20), [*self.pool.tensors]
+        routing = (*self.routing.tensors, self.tiles)
+        for match, given, starts in [
+            ("pools: 5 tensors for 1 slices", [*pools, pools[0]], [0]),
+            ("starts: slice 0 has columns 11 to 21, accepted are 0 to 20", pools, [11]),
+            ("starts: slice 1 has columns 9 to 19, accepted are 10 to 20", pools * 2, [0, 9]),
+            ("starts: slice 0 has columns -1", pools, [-1]),
+        ]:
+            for op in (slices_for_cuda, torch.ops.lora_fuse.multi_lora_slices_):
+                with pytest.raises(ValueError, match=match):
+                    op(out, self.x, given, starts, *routing)
+        assert not out.any()
 
     def test_dtypes_without_a_kernel_take_plain_torch(self):
         self.pool.double()

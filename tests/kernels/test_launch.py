@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_fuse import _cpu
 from lora_fuse.kernels.configs import tile_capacity
 from lora_fuse.kernels.launch import Launch, arguments_of
-from lora_fuse.kernels.multi_lora import expand_launches, launches
+from lora_fuse.kernels.multi_lora import Slice, expand_launches, launches
 from lora_fuse.kernels.routing import sort_launch, tiles_launch
 
 
@@ -60,7 +60,7 @@ def operands(
 
 def made_of(given: tuple[Tensor | None, ...], backend: str = "cuda") -> list[Launch]:
     out, x, *rest = given
-    return launches(out, x, tuple(rest[:4]), rest[4:9], rest[9], backend)  # type: ignore[arg-type]
+    return launches(out, x, [Slice(*rest[:4])], rest[4:9], rest[9], backend)  # type: ignore[arg-type]
 
 
 VARIANTS: dict[str, list[Any]] = {

@@ -14,7 +14,7 @@ import lora_fuse as lf
 from lora_fuse.adapters import slab as slabs
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.slab import SlabLayout
-from lora_fuse.kernels.multi_lora import launches
+from lora_fuse.kernels.multi_lora import Slice, launches
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.nn import capture
 from lora_fuse.ops import multi_lora as op
@@ -28,7 +28,7 @@ def kernels_here(monkeypatch):
 
 
 def run(out, x, pool, routing, tiles):
-    for launch in launches(out, x, pool.tensors, routing.tensors, tiles, "cuda"):
+    for launch in launches(out, x, [Slice(*pool.tensors)], routing.tensors, tiles, "cuda"):
         launch.run()
     return out
 

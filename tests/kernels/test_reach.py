@@ -36,6 +36,7 @@ class Recorder:
         for module, name in ((linear, "_serve"), (packed, "_serve_packed"), (functional, "_multi_lora_eager")):
             monkeypatch.setattr(module, name, lambda *args: False)
         monkeypatch.setattr(functional, "_dispatch", self.call)
+        monkeypatch.setattr(packed, "slices_fresh_", self.call_slices)
         monkeypatch.setattr(multi_lora, "run", lambda launches, *args: self.take(launches))
         monkeypatch.setattr(slab, "build_tiles", self.tiles_of)
 
@@ -57,6 +58,12 @@ class Recorder:
         assert out is not None
         op._cuda_(out, x, *pool.tensors, *routing.tensors, tiles)
         return out
+
+    def call_slices(self, out: Any, x: Any, pools: Any, starts: Any, *routing: Any) -> None:
+        *tensors, tiles = routing
+        if tiles is None:
+            tiles = self.tiles_of(tensors[2], len(tensors[0]))
+        op._cuda_slices_(out, x, pools, starts, *tensors, tiles)
 
 
 def serve(model: Any, recorder: Recorder, features: int, swapped: Any) -> None:
@@ -114,7 +121,7 @@ def test_serving_asks_for_nothing_else(kind, dtype, monkeypatch):
     late = {f"{key[0].__name__} at {when}": key for key, when in recorder.kernels.items() if key not in ready}
     assert not late
     assert {key[0].__name__ for key in recorder.kernels} == {key[0].__name__ for key in ready}
-    assert len(recorder.kernels) > 20
+    assert len(recorder.kernels) > 10
     assert len(ready) < 3 * len(recorder.kernels)  # what nothing asks for costs time as well
 
 
