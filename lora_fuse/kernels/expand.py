@@ -177,15 +177,15 @@ def expand_kernel(
     scale = tl.load(scaling + slot) + tl.zeros([BLOCK_M], tl.float32)
     if HAS_WEIGHTS:
         scale *= tl.load(weights + pairs, mask=live, other=0.0)
-    # The shrink's blocks are zero from the rank on, and wide loads need a mask by what is known to be a multiple.
     if BY_ROW:
         h_at = h + row[:, None] * h_stride + slot * max_rank + offs_r[None, :]
-        ranks = rank
     else:
         h_at = h + (which * PLANES).to(tl.int64) * h_stride + pairs[:, None].to(tl.int64) * max_rank + offs_r[None, :]
-        ranks = max_rank
     if ONE_BLOCK:
-        sums = _sum_planes(h_at, h_stride, live[:, None] & (offs_r[None, :] < ranks), PLANES)
+        # A mask by the rank, a number read from memory, would forbid wide loads. The shrink's blocks are zero there.
+        sums = _sum_planes(h_at, h_stride, live[:, None] & (offs_r[None, :] < max_rank), PLANES)
+        if BY_ROW:
+            sums = tl.where(offs_r[None, :] < rank, sums, 0.0)
         high, low = _parts(sums, PRECISION)
     y_at = y + row[:, None] * y_stride + (of_slice(which, start_0, start_1, start_2, SLICES) + offs_n)[None, :]
     b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
@@ -202,7 +202,9 @@ def expand_kernel(
             for r in range(0, rank, BLOCK_R):
                 b = tl.load(b_from, mask=(offs_r < rank - r)[:, None] & inside[None, :], other=0.0)
                 b_from += BLOCK_R * b_stride
-                sums = _sum_planes(h_at + r, h_stride, live[:, None] & (offs_r[None, :] < ranks - r), PLANES)
+                sums = _sum_planes(h_at + r, h_stride, live[:, None] & (offs_r[None, :] < max_rank - r), PLANES)
+                if BY_ROW:
+                    sums = tl.where(offs_r[None, :] < rank - r, sums, 0.0)
                 high, low = _parts(sums, PRECISION)
                 acc = _dot_parts(high, low, b, acc, PRECISION)
         made = (prior.to(tl.float32) + acc * scale[:, None]).to(y.dtype.element_ty)

@@ -99,7 +99,7 @@ def launches(
         shrink.num_stages,
         scratch=(h,),
     )
-    return [first, _expand(out, h, False, slices, routing, tiles, made.expand, shrink.planes)]
+    return [first, _expand(out, h, False, slices, routing, tiles, made.expand, shrink.planes, backend)]
 
 
 def slice_launches(
@@ -136,7 +136,7 @@ def expand_launches(
     expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend).expand
     if expand.precision != "ieee":
         expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
-    return [_expand(out, h, True, [Slice(pool_b, *pool)], routing, tiles, expand, 1)]
+    return [_expand(out, h, True, [Slice(pool_b, *pool)], routing, tiles, expand, 1, backend)]
 
 
 def _expand(
@@ -148,6 +148,7 @@ def _expand(
     tiles: Tensor,
     expand: Expand,
     planes: int,
+    backend: str,
 ) -> Launch:
     """``out += weight * scaling * h B``, of pairs or of rows that have the shrink of every slot."""
     rows, weights, segment_starts, row_starts, row_pairs = routing
@@ -202,6 +203,8 @@ def _expand(
         },
         expand.num_warps,
         expand.num_stages,
+        # Left alone, ptxas spills a register or two of the larger kernel to reach the next step of occupancy.
+        128 if backend == "cuda" and row_starts is not None and expand.precision != "ieee" else None,
     )
 
 
