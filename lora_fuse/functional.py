@@ -17,6 +17,7 @@ from lora_fuse.ops import multi_lora_linear as _linear_op  # noqa: F401  registe
 from lora_fuse.ops import sparse_delta as _sparse_op
 from lora_fuse.ops.eager import autocasts, under_transform
 from lora_fuse.ops.lowrank_svd import lowrank_svd
+from lora_fuse.ops.lowrank_svds import lowrank_svds
 from lora_fuse.ops.operands import Difference, Operator, Sum, SumOfProducts
 from lora_fuse.ops.randomized_svd import randomized_svd
 from lora_fuse.ops.svd import LowRankSVD
@@ -29,6 +30,7 @@ __all__ = [
     "Sum",
     "SumOfProducts",
     "lowrank_svd",
+    "lowrank_svds",
     "magnitude_prune",
     "multi_lora",
     "multi_lora_linear",

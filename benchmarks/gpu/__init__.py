@@ -18,4 +18,5 @@ PARTS: dict[str, float] = {  # and each one's share of the time
     "decoder": 1.0,
     "model": 0.7,
     "fused": 0.4,
+    "svd": 0.8,
 }

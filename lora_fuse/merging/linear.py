@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.merging.options import Options
-from lora_fuse.merging.terms import LayerTerm
+from lora_fuse.merging.terms import LayerTerm, Term
+from lora_fuse.ops import gpu
 from lora_fuse.ops.lowrank_svd import lowrank_svd
+from lora_fuse.ops.lowrank_svds import lowrank_svds
+from lora_fuse.ops.operands import SumOfProducts
 from lora_fuse.ops.svd import LowRankSVD
 
 
@@ -35,14 +38,36 @@ def cat(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
 
 def svd(path: str, parts: Sequence[LayerTerm], options: Options) -> LoraLayer:
     """The same sum, truncated to ``rank``, ``energy``, or the largest rank of the parts."""
-    rank = options.rank
-    if rank is None and options.energy is None:
-        rank = max(p.layer.rank for p in parts)
-    return _truncated(path, parts, rank, options)
+    return _truncated(path, parts, _rank(parts, options), options)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The SVDs of layers on a GPU, by path: there all at once take little longer than one."""
+
+    svds: dict[str, LowRankSVD]
+
+
+def prepare(terms: Sequence[Term], layers: Mapping[str, Sequence[LayerTerm]], options: Options) -> Options:
+    """The options with those layers' SVDs as ``state``, for ``svd``."""
+    some = {p: parts for p, parts in layers.items() if gpu.takes_kernels(parts[0].layer.lora_b.device)}
+    alone = all(len(parts) == 1 and parts[0].weight == 1.0 for parts in some.values())  # may be kept as it is
+    if alone or options.energy is not None or options.dtype == torch.float64:
+        return options
+    sums = [SumOfProducts(*_factors(parts), [p.coef for p in parts]) for parts in some.values()]
+    ranks = [_rank(parts, options) for parts in some.values()]
+    return replace(options, state=Found(dict(zip(some, lowrank_svds(sums, ranks), strict=True))))
+
+
+def _rank(parts: Sequence[LayerTerm], options: Options) -> int | None:
+    if options.rank is None and options.energy is None:
+        return max(p.layer.rank for p in parts)
+    return options.rank
 
 
 def _truncated(path: str, parts: Sequence[LayerTerm], rank: int | None, options: Options) -> LoraLayer:
-    found = svd_of(parts, rank, options.energy, options.dtype)
+    ready = options.state.svds.pop(path, None) if isinstance(options.state, Found) else None
+    found = svd_of(parts, rank, options.energy, options.dtype) if ready is None else ready
     options.kept[path] = float(found.norm), float(found.residual)
     return from_svd(found, parts[0].layer, options.dtype)
 
@@ -104,7 +129,11 @@ def layer_from(
 
 def svd_of(parts: Sequence[LayerTerm], rank: int | None, energy: float | None, dtype: torch.dtype) -> LowRankSVD:
     """Truncated SVD of ``sum coef * lora_b @ lora_a``, as the factors lie (an embedding's is transposed)."""
-    bs, as_ = [p.layer.lora_b.flatten(1) for p in parts], [p.layer.lora_a.flatten(1) for p in parts]
+    bs, as_ = _factors(parts)
     if dtype == torch.float64:  # or lowrank_svd would round its result to fp32
         bs, as_ = [b.to(dtype) for b in bs], [a.to(dtype) for a in as_]
     return lowrank_svd(bs, as_, [p.coef for p in parts], rank, energy=energy)
+
+
+def _factors(parts: Sequence[LayerTerm]) -> tuple[list[Tensor], list[Tensor]]:
+    return [p.layer.lora_b.flatten(1) for p in parts], [p.layer.lora_a.flatten(1) for p in parts]

@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
     "linear": Method(linear.linear, _TRUNCATION),
     "uniform": Method(linear.linear, _TRUNCATION),
     "cat": Method(linear.cat, frozenset()),
-    "svd": Method(linear.svd, _TRUNCATION),
+    "svd": Method(linear.svd, _TRUNCATION, prepare=linear.prepare),
     "factor_average": Method(linear.factor_average, _TRUNCATION),
     "knots_ties": Method(
         knots.knots_ties,

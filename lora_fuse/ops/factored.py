@@ -58,9 +58,9 @@ def thin_qr(blocks: Sequence[Tensor], exact: bool = False) -> ThinQR:
     if m <= cols:
         return ThinQR(x)
     if not exact and all(b.dtype != torch.float64 for b in blocks):
-        found = _cholesky_qr(x)
-        if found is not None:
-            return found
+        core, inverse, good = cholesky_qr(x)
+        if bool(good.all()):
+            return ThinQR(core, product=(x, inverse))
     packed, tau = torch.geqrf(x)
     return ThinQR(packed[..., :cols, :].triu(), reflectors=(packed, tau))
 
@@ -74,8 +74,11 @@ def _side_by_side(blocks: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _cholesky_qr(x: Tensor) -> ThinQR | None:
-    """``x = (x inverse) core`` with an error of about ``eps * |inverse|^2``, or None where that is too large."""
+def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [..., m, R] = (x inverse) core``: core, inverse, and ``[...]``, whether the error is small enough.
+
+    It is about ``eps * |inverse|^2``, lengths of columns set apart.
+    """
     gram = x.mT @ x
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scaled = gram / (lengths[..., :, None] * lengths[..., None, :])
@@ -83,9 +86,8 @@ def _cholesky_qr(x: Tensor) -> ThinQR | None:
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     inverse = torch.linalg.solve_triangular(lower.mT, eye, upper=True)
     error = torch.finfo(x.dtype).eps * inverse.square().sum((-2, -1))
-    if not bool(((info == 0) & (error < _ERROR)).all()):  # NaN, as from a column of zeros, is not smaller either
-        return None
-    return ThinQR(lower.mT * lengths[..., None, :], product=(x, inverse / lengths[..., :, None]))
+    good = (info == 0) & (error < _ERROR)  # NaN, as from a column of zeros, is not smaller either
+    return lower.mT * lengths[..., None, :], inverse / lengths[..., :, None], good
 
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_fuse import _cpu
+from lora_fuse.ops import gpu
 
 
 class Normals:
@@ -31,9 +32,9 @@ class Normals:
 
     def draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """``[..., rows, columns]``, on ``device``."""
-        flat = shape[:-2].numel() if isinstance(shape, torch.Size) else torch.Size(shape[:-2]).numel()
+        flat = torch.Size(shape[:-2]).numel()
         rows, columns = shape[-2:]
-        if device.type == "cuda":
+        if gpu.takes_kernels(device):
             from lora_fuse.kernels.sketch import normals
 
             return normals(self.seed, self.next_draw(), (flat, rows, columns), device).view(shape)
