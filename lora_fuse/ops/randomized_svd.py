@@ -15,6 +15,11 @@ the start is then so good that one product with X and one with X^T in fp32 give 
 iteration and of the whole Krylov space, in less time than either. Where the remainder is fainter than bf16 can tell,
 the Krylov space grows as if the start had been random.
 
+On a GPU the steps are the same. X is read by the kernels of ``kernels/sketch.py``, which form a difference or a pruned
+delta as they read it and draw the first block themselves; blocks become orthonormal without the host waiting
+(``ops.orthonormal``); thin products are in fp64, out of TF32's reach. The host waits for the norm, for the eigenvectors of
+the core's Gram matrix and for one flag after it, and at each step where ``energy`` or ``tolerance`` decides.
+
 Where the Krylov space would fill much of the matrix, the SVD is exact, from the fp64 Gram matrix of the shorter side.
 """
 
@@ -60,8 +65,10 @@ def randomized_svd(
         oversample: further columns of each block.
         power_iters: returns to the other side, each of which adds a block of ``rank + oversample`` directions; for a
             large fp32 matrix on a CPU with AMX and ``power_iters >= 2``, so many in bf16 before the one in fp32.
-        generator: of the random block: a ``torch.Generator`` on the CPU, or a seed. None: seed 0. Equal seeds give
-            equal bits on one machine with one number of threads; torch's global generator is not touched.
+        generator: of the random block: a seed, of which 64 bits count, or a ``torch.Generator``, of which one is drawn.
+            None: seed 0. Equal seeds give equal bits on one machine with one number of threads, and on every device the
+            same block up to the rounding of logarithm and sine, so the same subspace; torch's global generator is not
+            touched.
         energy: instead of ``rank``: as few directions as keep this share of the squared Frobenius norm,
             ``0 < energy <= 1``. Blocks are added until they do and one more block does not lower their number;
             unbatched only.
