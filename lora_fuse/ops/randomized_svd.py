@@ -17,8 +17,8 @@ the Krylov space grows as if the start had been random.
 
 On a GPU the steps are the same. X is read by the kernels of ``kernels/sketch.py``, which form a difference or a pruned
 delta as they read it and draw the first block themselves; blocks become orthonormal without the host waiting
-(``ops.orthonormal``); thin products are in fp64, out of TF32's reach. The host waits for the norm, for the eigenvectors of
-the core's Gram matrix and for one flag after it, and at each step where ``energy`` or ``tolerance`` decides.
+(``ops.orthonormal``); thin products are in fp64, out of TF32's reach. The host waits for the norm, for the eigenvectors
+of the core's Gram matrix and for one flag after it, and at each step where ``energy`` or ``tolerance`` decides.
 
 Where the Krylov space would fill much of the matrix, the SVD is exact, from the fp64 Gram matrix of the shorter side.
 """

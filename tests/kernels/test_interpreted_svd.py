@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,17 +81,21 @@ def test_products_and_norm(name, on_gpu):
     assert on_gpu == ["product", "product", "squares"]
 
 
-def test_the_sketch_is_the_cpus(on_gpu):
-    """Of more columns than a program takes, and more rows than a segment or a partial sum has."""
-    x = torch.randn(33, 1300)
-    drawn = torch.empty(1, 1300, 70)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_sketch_is_the_cpus(splits, monkeypatch):
+    """Of more columns than a program takes; sums of several segments in one place, and in several."""
+    x = torch.randn(17, 700)
+    drawn = torch.empty(1, 700, 70)
     _cpu.normals(drawn, 2**40, 2, 1)
-    got = product(Source((1, 33, 1300), x[None]), None, 70, False, (2**40, 2))
+    real, source = sketch.plan, Source((1, 17, 700), x[None])
+    made = real(700, 17, 70, 1, "float32", True, "cuda")
+    assert (made.groups, made.splits, made.segment) == (2, 2, 512)
+    split_len = made.split_len * made.splits // splits
+    monkeypatch.setattr(sketch, "plan", lambda *a: replace(real(*a), splits=splits, split_len=split_len))
+    got = product(source, None, 70, False, (2**40, 2))
     want = drawn[0].double().T @ x.double().T
     torch.testing.assert_close(got[0].double(), want, rtol=0, atol=3e-6 * float(want.abs().max()))
-    again = product(Source((1, 33, 1300), x[None]), None, 70, False, (2**40, 2))
-    assert torch.equal(got, again)
-    torch.testing.assert_close(squares(Source((1, 33, 1300), x[None])), x.double().square().sum()[None])
+    torch.testing.assert_close(squares(source), x.double().square().sum()[None])
 
 
 def with_spectrum(s: Tensor, m: int, n: int) -> Tensor:
