@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "bind.h"
 #include "bind_routing.h"
@@ -208,7 +209,8 @@ struct Names {
   PyObject *cache, *tensors, *weights, *pool_a, *pool_b, *slot_rank, *slot_scaling, *slot_bias, *tiles, *device;
 } names{};
 
-PyObject* ready_launches = nullptr;  // of multi_lora on a GPU, see launch_again; kept for good
+// Of multi_lora and multi_lora_slices on a GPU, see launch_again; kept for good.
+PyObject *ready_launches = nullptr, *ready_slices = nullptr;
 
 py::object get(py::handle object, PyObject* name) {
   PyObject* const value = PyObject_GetAttr(object.ptr(), name);
@@ -292,6 +294,33 @@ bool serve(py::handle y, py::handle x, py::handle local, py::handle buffers) {
   return without_bias(buffers) && apply(xv.on_cpu, y, x, buffers, routing);
 }
 
+// Layers that share x on a GPU: the launches of multi_lora_slices_, if there were ones like them before.
+bool serve_slices(py::handle y, py::handle x, py::handle routing, const py::tuple& parts) {
+  std::vector<py::object> starts, pools, operands{py::reinterpret_borrow<py::object>(y), py::reinterpret_borrow<py::object>(x)};
+  int64_t column = 0;
+  for (const py::handle part : parts) {
+    const auto pair = py::cast<py::tuple>(part);
+    const py::object buffers = pair[0];
+    if (!buffers.is_none()) {
+      if (!without_bias(buffers)) return false;
+      starts.push_back(py::int_(column));
+      for (const py::handle t : pool_tensors(buffers)) pools.push_back(py::reinterpret_borrow<py::object>(t));
+    }
+    column += py::cast<int64_t>(pair[1]);
+  }
+  if (starts.empty()) return true;
+  if (!ready_slices) return false;
+  operands.insert(operands.end(), starts.begin(), starts.end());
+  operands.insert(operands.end(), pools.begin(), pools.end());
+  for (const py::handle t : py::tuple(get(routing, names.tensors))) operands.push_back(py::reinterpret_borrow<py::object>(t));
+  operands.push_back(get(routing, names.tiles));
+  std::vector<PyObject*> raw;
+  for (const py::object& operand : operands) raw.push_back(operand.ptr());
+  if (!launch_again(ready_slices, raw.data(), Py_ssize_t(raw.size()))) return false;
+  bump_version(y);
+  return true;
+}
+
 // The same for layers that share x, whose outputs lie side by side in y. parts: (buffers of the pool or None, width) of
 // each.
 bool serve_packed(py::handle y, py::handle x, py::handle local, py::handle parts) {
@@ -301,6 +330,7 @@ bool serve_packed(py::handle y, py::handle x, py::handle local, py::handle parts
   const py::object routing = current_routing(y, x, local, &xv, &yv);
   if (!routing) return false;
   if (routing.is_none()) return true;
+  if (!xv.on_cpu) return serve_slices(y, x, routing, py::reinterpret_borrow<py::tuple>(parts));
   Rows xr;
   if (!takes(xv, &xr) || yv.ndim < 1) return false;
   const py::tuple route = get(routing, names.tensors);
@@ -372,7 +402,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("choose_isa", &choose_isa);
-  m.def("set_ready_launches", [](py::dict ready) { ready_launches = ready.release().ptr(); });
+  const auto set_ready = [](py::dict ready, py::object slices) {
+    ready_launches = ready.release().ptr();
+    ready_slices = slices.is_none() ? nullptr : slices.release().ptr();
+  };
+  m.def("set_ready_launches", set_ready, py::arg("ready"), py::arg("slices") = py::none());
   bind_launches(m);
   bind_normals(m);
   bind_topk(m);

@@ -12,12 +12,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from lora_fuse.adapters.sparse_runs import TABLE_FIELDS
+from lora_fuse.kernels import sparse_delta
 from lora_fuse.kernels.configs import tile_capacity
 from lora_fuse.kernels.launch import Launch
-from lora_fuse.kernels.multi_lora import Slice, slice_launches
+from lora_fuse.kernels.multi_lora import Slice, expand_launches, slice_launches
 from lora_fuse.kernels.routing import sort_launch, tiles_launch
 
 Sized = Callable[[int], list[Launch]]
+Lists = tuple[Tensor | None, ...]  # of a routing, see Routing.tensors
 _EVERY = 16  # sizes up to here are all tried, and then steps of a 16th
 
 
@@ -53,6 +56,32 @@ def _bounds(
     return [*_bounds(what, low, at_low, middle, at_middle), *_bounds(what, middle, at_middle, high, at_high)]
 
 
+def _forms(
+    made: Callable[[int, Lists, Tensor], list[Launch]],
+    num_slots: int,
+    most_rows: int,
+    most_pairs: int,
+) -> Iterator[Launch]:
+    """What ``made`` makes of so many rows, a routing and its tiles, for every form of routing."""
+
+    def of(num_rows: int, num_pairs: int, weights: bool, mixes: bool) -> list[Launch]:
+        routing = (
+            _ints(num_pairs),
+            torch.empty(num_pairs, device="meta") if weights else None,
+            _ints(num_slots + 1),
+            _ints(num_rows + 1) if mixes else None,
+            _ints(num_pairs) if mixes else None,
+        )
+        return made(num_rows, routing, _ints(tile_capacity(num_pairs, num_slots), 4))
+
+    for weights, mixes in product((False, True), repeat=2):
+        at_once = most_pairs if mixes else 1
+        for pairs in sizes_of_each(lambda n: of(most_rows, n, weights, mixes), 1, most_rows * at_once):  # noqa: B023
+            least_rows = -(-pairs // at_once)
+            for rows in sizes_of_each(lambda n: of(n, pairs, weights, mixes), least_rows, most_rows):  # noqa: B023
+                yield from of(rows, pairs, weights, mixes)
+
+
 def multi_lora_launches(
     pools: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     starts: Sequence[int],
@@ -76,25 +105,12 @@ def multi_lora_launches(
     pool_a, _, slot_rank, _ = pools[0]
     num_slots, dtype = slot_rank.shape[0], pool_a.dtype
 
-    def made(num_rows: int, num_pairs: int, weights: bool, mixes: bool) -> list[Launch]:
+    def made(num_rows: int, routing: Lists, tiles: Tensor) -> list[Launch]:
         x = torch.empty(num_rows, pool_a.shape[1], dtype=dtype, device="meta")
         out = torch.empty(num_rows, columns, dtype=dtype, device="meta")
-        routing = (
-            _ints(num_pairs),
-            torch.empty(num_pairs, device="meta") if weights else None,
-            _ints(num_slots + 1),
-            _ints(num_rows + 1) if mixes else None,
-            _ints(num_pairs) if mixes else None,
-        )
-        tiles = _ints(tile_capacity(num_pairs, num_slots), 4)
         return slice_launches(out, x, slices, routing, tiles, backend)
 
-    for weights, mixes in product((False, True), repeat=2):
-        at_once = most_pairs if mixes else 1
-        for pairs in sizes_of_each(lambda n: made(most_rows, n, weights, mixes), 1, most_rows * at_once):  # noqa: B023
-            least_rows = -(-pairs // at_once)
-            for rows in sizes_of_each(lambda n: made(n, pairs, weights, mixes), least_rows, most_rows):  # noqa: B023
-                yield from made(rows, pairs, weights, mixes)
+    yield from _forms(made, num_slots, most_rows, most_pairs)
 
 
 def routing_launches(num_slots: int, most_rows: int, most_pairs: int) -> Iterator[Launch]:
@@ -110,6 +126,39 @@ def routing_launches(num_slots: int, most_rows: int, most_pairs: int) -> Iterato
     for made, most in ((sort, most_rows), (tiles, most_rows * most_pairs)):
         for size in sizes_of_each(made, 1, most):
             yield from made(size)
+
+
+def expand_reach(
+    pool: tuple[Tensor, Tensor, Tensor], where: tuple[int, int, int], most_rows: int, most_pairs: int, backend: str
+) -> Iterator[Launch]:
+    """What ``expand_`` can launch.
+
+    Args:
+        pool: ``(pool_b, slot_rank, slot_scaling)``.
+        where: first columns of the output and of h in one tensor, and how many columns that has.
+    """
+    pool_b, slot_rank, _ = pool
+    at_y, at_h, columns = where
+
+    def made(num_rows: int, routing: Lists, tiles: Tensor) -> list[Launch]:
+        wide = torch.empty(num_rows, columns, dtype=pool_b.dtype, device="meta")
+        y, h = wide[:, at_y : at_y + pool_b.shape[1]], wide[:, at_h : at_h + pool_b.shape[0]]
+        return expand_launches(y, h, pool, routing, tiles, backend)
+
+    yield from _forms(made, slot_rank.shape[0], most_rows, most_pairs)
+
+
+def sparse_reach(
+    num_slots: int, sizes: tuple[int, int], dtype: torch.dtype, most_rows: int, most_pairs: int, backend: str
+) -> Iterator[Launch]:
+    """What ``sparse_delta_`` can launch. Args: slots of the pool; in and out features."""
+    table = torch.empty(num_slots, TABLE_FIELDS, dtype=torch.int64, device="meta")
+
+    def made(num_rows: int, routing: Lists, tiles: Tensor) -> list[Launch]:
+        x, out = (torch.empty(num_rows, size, dtype=dtype, device="meta") for size in sizes)
+        return sparse_delta.launches(out, x, table, routing, tiles, backend)
+
+    yield from _forms(made, num_slots, most_rows, most_pairs)
 
 
 def _ints(*shape: int) -> Tensor:

@@ -176,6 +176,10 @@ class Pack:
             self.spans[leader] = (min(taken), max(taken) + 1)
             self.wasted[leader] = 0
 
+    def beside(self, first: int) -> Beside | None:
+        """What the neighbours from ``first`` on multiply by, if their A lies behind their weights."""
+        return self._run(first, len(self.sizes)).beside if self.live and self.weight is not None else None
+
     def _run(self, start: int, end: int) -> Run:
         runs = self._runs  # this very dict: one that is replaced meanwhile must not get what the old pools say
         run = runs.get((start, end))

@@ -15,9 +15,11 @@ from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.slab import SlabLayout
 from lora_fuse.functional import multi_lora, multi_lora_slices, sparse_delta_linear
 from lora_fuse.nn.attachment import Attachment, attachment_of
+from lora_fuse.nn.augmented import MOST_ROWS
 from lora_fuse.nn.capture import mode_of
 from lora_fuse.nn.joint_site import JointSlots
 from lora_fuse.nn.sparse_site import LinearSlots
+from lora_fuse.ops.multi_lora import KERNEL_DTYPES
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def warmup(model: nn.Module, num_tokens: Sequence[int] = (1, 64), max_tokens: in
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens!r}, accepted is an integer from 1")
     seen, attachment = set(), attachment_of(model)
-    for device in {pool.pool_a.device for (pool, *_), _, _ in _lora_sites(attachment)}:
+    for device in {like.device for *_, like, _ in _parts(attachment)}:
         if device.type == "cuda":
             _compile(attachment, device, max_tokens)
     for op, pool, slots, sizes, like, columns in _parts(attachment):
@@ -77,7 +79,10 @@ def _compile(attachment: Attachment, device: torch.device, max_tokens: int) -> N
         from lora_fuse.kernels.launch import compile_all
     except ImportError:  # no Triton: plain torch runs
         return
-    compile_all(reachable(attachment, device, max_tokens, "hip" if torch.version.hip else "cuda"), device)
+    backend = "hip" if torch.version.hip else "cuda"
+    compile_all(reachable(attachment, device, max_tokens, backend), device)
+    compile_all(reachable_beside(attachment, device, max_tokens, backend), device)
+    compile_all(reachable_sparse(attachment, device, max_tokens, backend), device)
 
 
 def reachable(attachment: Attachment, device: torch.device, max_tokens: int, backend: str) -> Iterator[Any]:
@@ -119,6 +124,42 @@ class _Slices:
 
     def __call__(self, x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor) -> Tensor:
         return multi_lora_slices(x, self.pools, self.sizes, routing, out)
+
+
+def reachable_beside(attachment: Attachment, device: torch.device, max_tokens: int, backend: str) -> Iterator[Any]:
+    """``reachable`` of layers whose A lies behind the weight, see augmented.py."""
+    from lora_fuse.kernels.reach import expand_reach
+
+    seen, rows = set(), min(max_tokens, MOST_ROWS)
+    for pack, _ in attachment.packs:
+        for first in range(len(pack.sizes)):
+            beside = pack.beside(first)
+            if beside is None or beside.weight.device != device:
+                continue
+            total, columns = sum(pack.sizes[first:]), beside.weight.shape[0]
+            for i, (pool, behind) in enumerate(zip(pack.pools[first:], beside.columns, strict=True)):
+                if pool is None or behind is None:
+                    continue
+                where = sum(pack.sizes[first : first + i]), total + behind, columns
+                kind = [(tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16) for t in pool.tensors[1:]]
+                if (*kind, where) not in seen:
+                    seen.add((*kind, where))
+                    yield from expand_reach(pool.tensors[1:], where, rows, attachment.serving.max_pairs, backend)
+
+
+def reachable_sparse(attachment: Attachment, device: torch.device, max_tokens: int, backend: str) -> Iterator[Any]:
+    """``reachable`` of layers with sparse deltas."""
+    from lora_fuse.kernels.reach import sparse_reach
+
+    seen = set()
+    for site in attachment.sparse.values():
+        if not isinstance(site.lora_sparse, LinearSlots) or site.lora_sparse.pool.anchor.device != device:
+            continue
+        pool = site.lora_sparse.pool
+        kind = pool.num_slots, (pool.in_features, pool.out_features), pool.anchor.dtype
+        if kind not in seen and pool.anchor.dtype in KERNEL_DTYPES:
+            seen.add(kind)
+            yield from sparse_reach(*kind, max_tokens, attachment.serving.max_pairs, backend)
 
 
 _Part = tuple[Callable[..., Tensor], Any, list[int], tuple[int, int], Tensor, tuple[int, int]]

@@ -50,8 +50,8 @@ def _cpu_new(x: Tensor, *args: Any) -> Tensor:
 
 
 _READY: dict[bytes, Any] = {}  # launches that were made before, see kernels.launch; all checks were passed then
-_cpu.set_ready_launches(_READY)
 _READY_SLICES: dict[bytes, Any] = {}
+_cpu.set_ready_launches(_READY, _READY_SLICES)
 
 
 def _cuda_(out: Tensor, x: Tensor, *args: Any) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import make_pool
 from nn_models import Mlp, adapter
+from packed_models import PATHS as PACKED
+from packed_models import Block
 from triton import knobs
 
 import lora_fuse as lf
@@ -14,6 +18,7 @@ from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.kernels import launch
 from lora_fuse.kernels import multi_lora as kernels
+from lora_fuse.nn.serving import Serving
 from lora_fuse.ops import multi_lora as op
 
 pytestmark = pytest.mark.gpu
@@ -124,3 +129,21 @@ def test_nothing_is_compiled_after_warmup(monkeypatch):
     assert not asked
     assert launch.compilations() == before
     assert before > 10
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["alone", "packed"])
+def test_layers_launch_again_without_python(pack, monkeypatch):
+    """Nor do they look up a routing, once a batch like this was there."""
+    torch.manual_seed(0)
+    bare = Block().requires_grad_(False).cuda()
+    model = lf.attach(
+        copy.deepcopy(bare), {"a": adapter(Block(), PACKED, 3), "b": adapter(Block(), PACKED, 5)}, pack=pack
+    )
+    x = torch.randn(4, 24, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):  # siblings are seen to share their input
+            lf.set_adapters(model, ["a", None, "b", "a"])
+            want = model(x)
+        monkeypatch.setattr(Serving, "routing", None)
+        assert torch.equal(model(x), want)
+        assert not torch.equal(want, bare(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import nn
 import lora_fuse as lf
 from lora_fuse import functional
 from lora_fuse.adapters import slab
-from lora_fuse.kernels import configs, multi_lora, reach
+from lora_fuse.kernels import configs, multi_lora, reach, sparse_delta
 from lora_fuse.kernels.launch import Launch
 from lora_fuse.kernels.routing import sort_launch, tiles_launch
 from lora_fuse.nn import capture, linear, packed
 from lora_fuse.nn.attachment import attachment_of
-from lora_fuse.nn.warmup import reachable
+from lora_fuse.nn.warmup import reachable, reachable_beside
+from lora_fuse.ops import expand
 from lora_fuse.ops import multi_lora as op
 
 MOST = 1300  # rows; from 1025 pairs on, tiles are wider
@@ -37,6 +39,7 @@ class Recorder:
             monkeypatch.setattr(module, name, lambda *args: False)
         monkeypatch.setattr(functional, "_dispatch", self.call)
         monkeypatch.setattr(packed, "slices_fresh_", self.call_slices)
+        monkeypatch.setattr(expand, "_composite_", self.expand)
         monkeypatch.setattr(multi_lora, "run", lambda launches, *args: self.take(launches))
         monkeypatch.setattr(slab, "build_tiles", self.tiles_of)
 
@@ -52,10 +55,9 @@ class Recorder:
         return tiles
 
     def call(self, x: Any, pool: Any, routing: Any, out: Any) -> Any:
-        tiles = routing.__dict__.get("_tiles")
-        if tiles is None:
-            tiles = self.tiles_of(routing.segment_starts, routing.num_pairs)
         assert out is not None
+        tiles = routing.__dict__.get("_tiles")
+        tiles = self.tiles_of(routing.segment_starts, routing.num_pairs) if tiles is None else tiles
         op._cuda_(out, x, *pool.tensors, *routing.tensors, tiles)
         return out
 
@@ -64,6 +66,10 @@ class Recorder:
         if tiles is None:
             tiles = self.tiles_of(tensors[2], len(tensors[0]))
         op._cuda_slices_(out, x, pools, starts, *tensors, tiles)
+
+    def expand(self, out: Any, h: Any, *args: Any) -> None:
+        *others, tiles = args
+        expand._cuda_(out, h, *others, self.tiles_of(args[5], args[3].shape[0]) if tiles is None else tiles)
 
 
 def serve(model: Any, recorder: Recorder, features: int, swapped: Any) -> None:
@@ -106,16 +112,35 @@ class Odd(nn.Module):
         return self.down(self.up(x))
 
 
+class Wide(nn.Module):
+    """Room behind the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.o_proj = nn.Linear(64, 512), nn.Linear(64, 520), nn.Linear(512, 1100)
+
+    def forward(self, x: Any) -> Any:
+        return self.o_proj(self.q_proj(x) + self.k_proj(x)[..., 8:])
+
+
+MODELS: dict[str, tuple[Any, tuple[str, ...], int]] = {
+    "packed": (Block, PATHS, 24),
+    "odd": (Odd, ("up", "down"), 50),
+    "augmented": (Wide, ("q_proj", "k_proj", "o_proj"), 64),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["packed", "odd"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_serving_asks_for_nothing_else(kind, dtype, monkeypatch):
-    bare, paths, features = (Block(), PATHS, 24) if kind == "packed" else (Odd(), ("up", "down"), 50)
-    bare = bare.requires_grad_(False).to(dtype)
+    made, paths, features = MODELS[kind]
+    bare = made().requires_grad_(False).to(dtype)
     adapters = {name: adapter(bare, paths, rank) for name, rank in (("a", 3), ("b", 5), ("c", 2))}
     swapped = adapters.pop("c")
-    model = lf.attach(bare, adapters, pack=kind == "packed")
+    model = lf.attach(bare, adapters, pack=kind != "odd", augment=kind == "augmented")
     device = torch.device("cpu")
-    ready = {specialization(each, TARGET) for each in reachable(attachment_of(model), device, MOST, "cuda")}
+    of = attachment_of(model), device, MOST, "cuda"
+    ready = {specialization(each, TARGET) for each in (*reachable(*of), *reachable_beside(*of))}
     recorder = Recorder(monkeypatch)
     serve(model, recorder, features, swapped)
     late = {f"{key[0].__name__} at {when}": key for key, when in recorder.kernels.items() if key not in ready}
@@ -131,6 +156,30 @@ def test_a_batch_that_is_too_large_is_another_kernel():
     few = {each.variant for each in reachable(attachment_of(model), torch.device("cpu"), 64, "cuda")}
     many = {each.variant for each in reachable(attachment_of(model), torch.device("cpu"), MOST, "cuda")}
     assert few < many
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(64, 512), (50, 33)], ids=str)
+def test_sparse_layers_ask_for_nothing_else(sizes, dtype):
+    def of(*shape: int, dtype: torch.dtype = torch.int32) -> Any:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ready = {specialization(each, TARGET) for each in reach.sparse_reach(5, sizes, dtype, 600, 3, "cuda")}
+    asked = set()
+    table = of(5, 8, dtype=torch.int64)
+    for rows, pairs, weights in itertools.product(
+        (1, 2, 16, 100, 257, 600), (1, 8, 9, 48, 256, 257, 1500), (False, True)
+    ):
+        if pairs > 3 * rows:
+            continue
+        weighted, mixes = of(pairs, dtype=torch.float32) if weights else None, (of(rows + 1), of(pairs))
+        x, out = of(rows, sizes[0], dtype=dtype), of(rows, sizes[1], dtype=dtype)
+        for lists in [mixes] if pairs > rows else [mixes, (None, None)]:
+            tiles = of(configs.tile_capacity(pairs, 5), 4)
+            made = sparse_delta.launches(out, x, table, (of(pairs), weighted, of(6), *lists), tiles, "cuda")
+            asked.update(specialization(launch, TARGET) for launch in made)
+    assert asked <= ready
+    assert len(asked) > 8
 
 
 @pytest.mark.parametrize(("sizes", "most"), [((4096, 6144, 16, 9), 8192), ((384, 1536, 100, 65), 4000)], ids=str)
