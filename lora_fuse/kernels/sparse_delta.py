@@ -221,7 +221,7 @@ def _interleave(parts, COUNT: tl.constexpr):
     """``COUNT`` tensors and as many more into ``COUNT``, joined along a new last dimension."""
     joined = ()
     for i in tl.static_range(COUNT):
-        joined += (tl.join(parts[i], parts[i + COUNT]),)
+        joined += (tl.join(parts[i], parts[i + COUNT]),)  # type: ignore[assignment]
     return joined
 
 
@@ -235,7 +235,7 @@ def _dense_tile(values, at, word, BLOCK_N: tl.constexpr):
     parts = ()
     for j in tl.static_range(32):
         bit = (word >> j) & 1
-        parts += (tl.load(at, mask=bit != 0, other=0.0),)
+        parts += (tl.load(at, mask=bit != 0, other=0.0),)  # type: ignore[assignment]
         at += bit
     parts = _interleave(_interleave(parts, 16), 8)
     parts = _interleave(_interleave(_interleave(parts, 4), 2), 1)

@@ -20,6 +20,7 @@ from lora_fuse.nn.plan import Plan
 from lora_fuse.nn.serving import Serving, batched_input
 from lora_fuse.nn.sparse_site import SparseSite
 from lora_fuse.nn.traced import pin, run_as_plain_python, unpin
+from lora_fuse.ops.exchange import Exchanges
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Attachment:
     switched: list[Switched] = field(default_factory=list)
     wrapped: list[tuple[nn.Module, str]] = field(default_factory=list)
     changing: Lock = field(default_factory=Lock)
+    exchanges: Exchanges = field(default_factory=Exchanges)
 
 
 class Begin:

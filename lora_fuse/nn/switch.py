@@ -12,6 +12,7 @@ from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.nn.attachment import ActiveTask, Attachment, attachment_of, unwrap
 from lora_fuse.nn.selection import Selection
 from lora_fuse.nn.sparse_site import placed
+from lora_fuse.ops.exchange import Entry, Exchange, takes
 from lora_fuse.sparse import SparseMatrix, Write, write_all
 
 
@@ -41,20 +42,24 @@ def switch_task(model: nn.Module, name: str | None) -> None:
             return
         if name is not None:
             _refuse(attachment, name)
-        old = []
+        old = None
         if before is not None:
-            old = [p for p in _places(model, attachment.tasks[before.name]) if p.name in before.saved]
-        new = [] if name is None else _places(model, attachment.tasks[name])
+            task = attachment.tasks[before.name]
+            old = _Parts(attachment, task, [p for p in _places(model, task) if p.name in before.saved])
+        new = (
+            None if name is None else _Parts(attachment, attachment.tasks[name], _places(model, attachment.tasks[name]))
+        )
         saved: dict[str, Tensor] = {}
         try:
-            if before is not None:
-                _write(old, before.saved)
-            for place in new:
-                place.make_room(saved)
-            _write(new, {place.name: place.own for place in new}, saved)
+            if old is not None and before is not None:
+                old.undo(before.saved)
+            if new is not None:
+                new.write(saved)
         except BaseException:
-            _write([place for place in new if place.written(saved)], saved)
-            _write(old, {place.name: place.own for place in old})
+            if new is not None:
+                _write([place for place in new.all if place.written(saved)], saved)
+            if old is not None:
+                _write(old.all, {place.name: place.own for place in old.all})
             raise
         attachment.active = None if name is None else ActiveTask(name, saved)
         attachment.serving.task = None if name is None else attachment.serving.published.leases[name].index
@@ -93,7 +98,7 @@ def undo_switch(model: nn.Module, attachment: Attachment) -> None:
         switch_task(model, None)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Place:
     """One parameter or buffer of the model, and a task's own values there.
 
@@ -106,6 +111,12 @@ class _Place:
     matrix: SparseMatrix | None
     own: Tensor
     version: int = -1
+
+    def entry(self) -> Entry:
+        """What an exchange writes."""
+        param = self.param.detach()
+        matrix = None if self.matrix is None else placed(self.matrix, param.device)
+        return Entry(matrix, param, self.own.detach().to(param.device, param.dtype).contiguous())
 
     def make_room(self, saved: dict[str, Tensor]) -> None:
         """For what the task's values overwrite. Parameters without a version are saved here, others by the write."""
@@ -120,6 +131,44 @@ class _Place:
     def written(self, saved: Mapping[str, Tensor]) -> bool:
         """Whether the task's values may be there, and ``saved`` holds what they overwrote."""
         return self.name in saved and (self.param.is_inference() or self.param._version != self.version)
+
+
+class _Parts:
+    """The places of one task: those on GPUs, exchanged together, and the others.
+
+    Args:
+        places: all of them.
+    """
+
+    def __init__(self, attachment: Attachment, adapter: SparseAdapter, places: list[_Place]) -> None:
+        self.all = places
+        self.together: list[_Place] = []
+        self.apart: list[_Place] = []
+        for place in places:
+            (self.together if place.own.numel() and takes(place.param) else self.apart).append(place)
+        self.params = [place.param for place in self.together]
+        known = attachment.exchanges.of
+        found = known.get(adapter)
+        if found is None or not found.fits(self.params):
+            known.pop(adapter, None)
+            found = Exchange([place.entry() for place in self.together])
+            if self.together:
+                known[adapter] = found
+        self.exchange = found
+
+    def write(self, saved: dict[str, Tensor]) -> None:
+        """The task's values into the parameters; what they overwrite goes to ``saved``."""
+        for place, room in zip(self.together, self.exchange.make_room(), strict=True):
+            place.version = place.param._version
+            saved[place.name] = room
+        for place in self.apart:
+            place.make_room(saved)
+        self.exchange.write(self.params, [saved[place.name] for place in self.together])
+        _write(self.apart, {place.name: place.own for place in self.apart}, saved)
+
+    def undo(self, saved: Mapping[str, Tensor]) -> None:
+        done = self.exchange.undo(self.params, [saved[place.name] for place in self.together])
+        _write(self.apart if done else self.all, saved)
 
 
 def _write(places: list[_Place], values: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> None:
@@ -187,4 +236,4 @@ def _place(model: nn.Module, adapter: SparseAdapter, name: str, where: str) -> _
     if param.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{where}: was made in inference mode; call switch_task inside torch.inference_mode()")
     own = adapter.dense[name] if matrix is None else matrix.values
-    return _Place(where, param, None if matrix is None else placed(matrix, param.device), own)
+    return _Place(where, param, matrix, own)

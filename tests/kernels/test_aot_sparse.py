@@ -9,7 +9,9 @@ from sparse_launches import of
 
 from lora_fuse.adapters.sparse_runs import TABLE_FIELDS
 from lora_fuse.kernels.configs import tile_capacity
+from lora_fuse.kernels.exchange import launch as exchange_launch
 from lora_fuse.kernels.sparse_delta import launches
+from lora_fuse.ops.exchange import PIECE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [  # rows, in, out, dtype, mixed, kernels
@@ -40,3 +42,13 @@ def test_plans_fit_the_device(name, rows, in_features, out_features, dtype, mixe
         assert bool(found.matrix_instructions) == dots, kind
         if kind == "gather" and target.backend == "cuda":  # gaps and values, 16 bytes at a time
             assert kernel.asm["ptx"].count("ld.global.v4.b32") >= 3
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("back", [False, True])
+def test_the_exchange_fits_the_device(name, back, tmp_path, own_cache):
+    target, _ = TARGETS[name]
+    entries, owners, arena = of(5, 8, dtype=torch.int64), of(100), of(1000, dtype=torch.int16)
+    assert (
+        resources(compiled(exchange_launch(entries, owners, arena, back, PIECE), target), target, tmp_path).spilled == 0
+    )

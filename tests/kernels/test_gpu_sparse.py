@@ -14,8 +14,10 @@ from test_gpu import moved
 
 import lora_fuse as lf
 from lora_fuse.adapters.routing import Routing
+from lora_fuse.adapters.sparse_adapter import same_bits
 from lora_fuse.adapters.sparse_pool import PackedDelta, SparsePool
 from lora_fuse.functional import sparse_delta_linear
+from lora_fuse.kernels import exchange
 from lora_fuse.kernels import sparse_delta as kernels
 from lora_fuse.sparse import SparseMatrix
 
@@ -230,3 +232,63 @@ def test_a_selection_on_the_device_is_not_waited_for():
     want = [(bare if n is None else materialised(bare, adapters[n])).cuda()(x)[i] for i, n in enumerate(entries)]
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-4)
     assert torch.equal(again, got)
+
+
+class TestSwitchTask:
+    @pytest.fixture(autouse=True)
+    def _attach(self, monkeypatch):
+        self.bare, self.x = model_of("tokens")
+        self.adapters = {f"t{i}": sparse_adapter(self.bare, fine_tuned(self.bare, i)) for i in range(2)}
+        self.model = lf.attach(copy.deepcopy(self.bare), self.adapters).cuda()
+        self.ran: list[bool] = []
+        real = exchange.exchange_
+        monkeypatch.setattr(exchange, "exchange_", lambda *args: (self.ran.append(args[3]), real(*args)))
+
+    def check(self, name):
+        own = self.bare if name is None else materialised(self.bare, self.adapters[name])
+        ours, theirs = self.model.state_dict(), own.state_dict()
+        assert [n for n in ours if not same_bits(ours[n].cpu(), theirs[n])] == []
+
+    def test_the_fine_tune_and_back_bit_for_bit(self):
+        for name in ("t0", "t1", "t1", None, "t1", "t0", None):
+            lf.switch_task(self.model, name)
+            self.check(name)
+        assert self.ran == [False, True, False, True, False, True, False, True]
+
+    def test_known_tasks_wait_for_nothing(self):
+        for name in ("t0", "t1", None):
+            lf.switch_task(self.model, name)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for name in ("t0", "t1", None, "t1"):
+                lf.switch_task(self.model, name)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        self.check("t1")
+
+    def test_moved_while_switched(self):
+        lf.switch_task(self.model, "t0")
+        self.model.cpu()
+        self.check("t0")
+        self.model.cuda()
+        lf.switch_task(self.model, "t1")
+        self.check("t1")
+        lf.switch_task(self.model, None)
+        self.check(None)
+
+    def test_captured_forwards_see_it(self):
+        """Weights are written where they lie, so a graph's replays run the fine-tune."""
+        x = self.x.cuda()
+        lf.switch_task(self.model, None)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(side):
+            self.model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = self.model(x)
+        for name in ("t0", "t1", None):
+            lf.switch_task(self.model, name)
+            graph.replay()
+            assert torch.equal(y, self.model(x))
