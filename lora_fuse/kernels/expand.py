@@ -73,7 +73,7 @@ def _dot_parts(high, low, b, acc, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "tile_programs", "steps", "mix_steps", "num_rows", "num_slots"])
 def expand_kernel(
     y,  # [num_rows, columns], added to
-    h,  # [slices, planes, num_pairs, max_rank] fp32; BY_ROW: [num_rows, num_slots * max_rank] of any dtype
+    h,  # [slices, planes, num_pairs, max_rank] fp32; BY_ROW: [num_rows, slices * num_slots * max_rank] of any dtype
     pool_b_0,  # of each slice: [num_slots * max_rank, width]
     pool_b_1,
     pool_b_2,
@@ -134,8 +134,12 @@ def expand_kernel(
                 which, block = _piece(at // num_rows * mix_steps + step, BLOCK_N, width_0, width_1, SLICES)
                 inside = offs_n < of_slice(which, width_0, width_1, width_2, SLICES) - block * BLOCK_N
                 y_at = y + row * y_stride + of_slice(which, start_0, start_1, start_2, SLICES) + block * BLOCK_N
+                if BY_ROW:
+                    h_of = h + row * h_stride + which * num_slots * max_rank
+                else:
+                    h_of = h + (which * PLANES).to(tl.int64) * h_stride
                 total = _mix(
-                    h + (row if BY_ROW else (which * PLANES).to(tl.int64)) * h_stride,
+                    h_of,
                     of_slice(which, pool_b_0, pool_b_1, pool_b_2, SLICES) + block * BLOCK_N + offs_n,
                     of_slice(which, b_stride_0, b_stride_1, b_stride_2, SLICES),
                     inside,
@@ -178,7 +182,7 @@ def expand_kernel(
     if HAS_WEIGHTS:
         scale *= tl.load(weights + pairs, mask=live, other=0.0)
     if BY_ROW:
-        h_at = h + row[:, None] * h_stride + slot * max_rank + offs_r[None, :]
+        h_at = h + row[:, None] * h_stride + (which * num_slots + slot) * max_rank + offs_r[None, :]
     else:
         h_at = h + (which * PLANES).to(tl.int64) * h_stride + pairs[:, None].to(tl.int64) * max_rank + offs_r[None, :]
     if ONE_BLOCK:
@@ -213,7 +217,7 @@ def expand_kernel(
 
 @triton.jit
 def _mix(
-    h,  # of the slice; BY_ROW: of the row
+    h,  # of the slice; BY_ROW: and of the row
     b_columns,  # pool_b, at the block's columns
     b_stride,
     inside,

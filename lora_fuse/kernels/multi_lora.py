@@ -58,19 +58,47 @@ def launches(
     """
     rows = routing[0]
     assert rows is not None
-    num_rows, num_pairs, num_slots = x.shape[0], rows.shape[0], slices[0].slot_rank.shape[0]
-    widths = [s.pool_b.shape[1] for s in slices]
-    if num_pairs == 0 or num_rows == 0 or sum(widths) == 0:
+    num_pairs, widths = rows.shape[0], [s.pool_b.shape[1] for s in slices]
+    if num_pairs == 0 or x.shape[0] == 0 or sum(widths) == 0:
         return []
-    max_rank = slices[0].pool_a.shape[0] // num_slots
-    sizes = x.shape[1], sum(widths), max_rank, num_pairs, num_slots
-    made = chosen or plan(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices))
-    shrink = made.shrink
+    made = chosen or _plan(x, slices, num_pairs, backend)
+    h = scratch(x, slices, num_pairs, backend, made)
+    first = replace(shrink_launch(h, x, slices, routing, tiles, backend, made), scratch=(h,))
+    return [first, _expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend)]
+
+
+def _plan(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) -> Plan:
+    num_slots = slices[0].slot_rank.shape[0]
+    max_rank, columns = slices[0].pool_a.shape[0] // num_slots, sum(s.pool_b.shape[1] for s in slices)
+    sizes = x.shape[1], columns, max_rank, num_pairs, num_slots
+    return plan(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices))
+
+
+def scratch(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str, chosen: Plan | None = None) -> Tensor:
+    """Memory for the shrink's result: ``[slices * planes, num_pairs * max_rank or a few more]`` fp32."""
+    made = chosen or _plan(x, slices, num_pairs, backend)
+    max_rank = slices[0].pool_a.shape[0] // slices[0].slot_rank.shape[0]
     # Planes start at multiples of 16 elements, whatever the number of pairs: nothing that Triton specialises on hangs
     # on the batch.
     plane = -(-num_pairs * max_rank // 16) * 16
-    h = torch.empty(len(slices) * shrink.planes, plane, dtype=torch.float32, device=x.device)
-    first = Launch(
+    return torch.empty(len(slices) * made.shrink.planes, plane, dtype=torch.float32, device=x.device)
+
+
+def shrink_launch(
+    h: Tensor,
+    x: Tensor,
+    slices: Sequence[Slice],
+    routing: Sequence[Tensor | None],
+    tiles: Tensor,
+    backend: str,
+    chosen: Plan | None = None,
+) -> Launch:
+    """The first launch, into ``scratch``; for the others see ``launches``."""
+    rows = routing[0]
+    assert rows is not None
+    shrink = (chosen or _plan(x, slices, rows.shape[0], backend)).shrink
+    max_rank = slices[0].pool_a.shape[0] // slices[0].slot_rank.shape[0]
+    return Launch(
         shrink_kernel,
         (tiles.shape[0], -(-max_rank // shrink.block_r) * len(slices), shrink.planes),
         (
@@ -82,7 +110,7 @@ def launches(
             tiles,
             x.shape[1],
             max_rank,
-            plane,
+            h.shape[1],
             pitch(x),
             slices[0].pool_a.stride(0),
         ),
@@ -97,9 +125,7 @@ def launches(
         },
         shrink.num_warps,
         shrink.num_stages,
-        scratch=(h,),
     )
-    return [first, _expand(out, h, False, slices, routing, tiles, made.expand, shrink.planes, backend)]
 
 
 def slice_launches(
@@ -116,7 +142,7 @@ def slice_launches(
 def expand_launches(
     out: Tensor,
     h: Tensor,
-    pool: tuple[Tensor, Tensor, Tensor],
+    slices: Sequence[Slice],
     routing: Sequence[Tensor | None],
     tiles: Tensor,
     backend: str,
@@ -124,19 +150,25 @@ def expand_launches(
     """What ``expand_`` launches.
 
     Args:
-        h: ``[num_rows, num_slots * max_rank]``, unit last stride, dtype of ``out``; both may be columns of one tensor.
-        pool: ``(pool_b, slot_rank, slot_scaling)``.
+        h: ``[num_rows, slices * num_slots * max_rank]``, unit last stride, dtype of ``out``; both may be columns of one
+            tensor.
+        slices: with pools of the same ranks and slots; A is not read.
         out, routing, tiles, backend: as for ``launches``.
     """
-    pool_b, slot_rank, _ = pool
-    num_pairs, num_slots = routing[0].shape[0], slot_rank.shape[0]  # type: ignore[union-attr]
-    if num_pairs == 0 or out.shape[0] == 0 or out.shape[1] == 0:
+    num_pairs, num_slots = routing[0].shape[0], slices[0].slot_rank.shape[0]  # type: ignore[union-attr]
+    if num_pairs == 0 or out.shape[0] == 0:
         return []
-    sizes = 1, out.shape[1], pool_b.shape[0] // num_slots, num_pairs, num_slots
-    expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend).expand
-    if expand.precision != "ieee":
-        expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
-    return [_expand(out, h, True, [Slice(pool_b, *pool)], routing, tiles, expand, 1, backend)]
+    pool_rows, made = slices[0].pool_b.shape[0], []
+    for i in range(0, len(slices), SLICES):
+        some = slices[i : i + SLICES]
+        width = sum(s.pool_b.shape[1] for s in some)
+        sizes = 1, width, pool_rows // num_slots, num_pairs, num_slots
+        expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend, len(some)).expand
+        if expand.precision != "ieee":
+            expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
+        if width:
+            made.append(_expand(out, h[:, i * pool_rows :], True, some, routing, tiles, expand, 1, backend))
+    return made
 
 
 def _expand(
@@ -223,15 +255,50 @@ def multi_lora_(
     ready: Any,
 ) -> None:
     """The op on tensors of one device; see ``launches``, and ``launch.run`` for the last two."""
-    run(slice_launches(out, x, slices, routing, tiles, _backend()), operands, ready)
+    run(slice_launches(out, x, slices, routing, tiles, backend_of_torch()), operands, ready)
 
 
 def expand_(
-    out: Tensor, h: Tensor, pool: Any, routing: Sequence[Tensor | None], tiles: Tensor, operands: Any, ready: Any
+    out: Tensor,
+    h: Tensor,
+    slices: Sequence[Slice],
+    routing: Sequence[Tensor | None],
+    tiles: Tensor,
+    operands: Any,
+    ready: Any,
 ) -> None:
     """The op on tensors of one device; see ``expand_launches``, and ``launch.run`` for the last two."""
-    run(expand_launches(out, h, pool, routing, tiles, _backend()), operands, ready)
+    run(expand_launches(out, h, slices, routing, tiles, backend_of_torch()), operands, ready)
 
 
-def _backend() -> str:
+def shrink_(
+    h: Tensor,
+    x: Tensor,
+    slices: Sequence[Slice],
+    routing: Sequence[Tensor | None],
+    tiles: Tensor,
+    operands: Any,
+    ready: Any,
+) -> None:
+    """The first launch of ``multi_lora_`` alone; see ``launch.run`` for the last two."""
+    run([shrink_launch(h, x, slices, routing, tiles, backend_of_torch())], operands, ready)
+
+
+def expand_pairs_(
+    out: Tensor,
+    h: Tensor,
+    x: Tensor,
+    slices: Sequence[Slice],
+    routing: Sequence[Tensor | None],
+    tiles: Tensor,
+    operands: Any,
+    ready: Any,
+) -> None:
+    """The second launch of ``multi_lora_``, from what ``shrink_`` made of ``x``."""
+    backend = backend_of_torch()
+    made = _plan(x, slices, routing[0].shape[0], backend)  # type: ignore[union-attr]
+    run([_expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend)], operands, ready)
+
+
+def backend_of_torch() -> str:
     return "hip" if torch.version.hip else "cuda"

@@ -129,23 +129,27 @@ def routing_launches(num_slots: int, most_rows: int, most_pairs: int) -> Iterato
 
 
 def expand_reach(
-    pool: tuple[Tensor, Tensor, Tensor], where: tuple[int, int, int], most_rows: int, most_pairs: int, backend: str
+    pools: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    starts: Sequence[int],
+    columns: int,
+    shrunk: tuple[int, int],
+    most_rows: int,
+    most_pairs: int,
+    backend: str,
 ) -> Iterator[Launch]:
-    """What ``expand_`` can launch.
+    """What ``expand_`` can launch where y and the shrink of every slot are columns of one tensor.
 
     Args:
-        pool: ``(pool_b, slot_rank, slot_scaling)``.
-        where: first columns of the output and of h in one tensor, and how many columns that has.
+        columns: of that tensor.
+        shrunk: the first one of the shrink, and how many these are; for the others see ``multi_lora_launches``.
     """
-    pool_b, slot_rank, _ = pool
-    at_y, at_h, columns = where
+    slices = [Slice(*pool, start) for pool, start in zip(pools, starts, strict=True)]
 
     def made(num_rows: int, routing: Lists, tiles: Tensor) -> list[Launch]:
-        wide = torch.empty(num_rows, columns, dtype=pool_b.dtype, device="meta")
-        y, h = wide[:, at_y : at_y + pool_b.shape[1]], wide[:, at_h : at_h + pool_b.shape[0]]
-        return expand_launches(y, h, pool, routing, tiles, backend)
+        wide = torch.empty(num_rows, columns, dtype=pools[0][0].dtype, device="meta")
+        return expand_launches(wide, wide.narrow(1, *shrunk), slices, routing, tiles, backend)
 
-    yield from _forms(made, slot_rank.shape[0], most_rows, most_pairs)
+    yield from _forms(made, pools[0][2].shape[0], most_rows, most_pairs)
 
 
 def sparse_reach(

@@ -67,6 +67,7 @@ def attach(
     batch_dim: int = 0,
     pack: bool = False,
     augment: bool = False,
+    overlap: bool = False,
     max_pairs: int = 4,
 ) -> nn.Module:
     """Give the model's layers slots and put the adapters there, in place. Nothing is selected yet: it computes as
@@ -114,6 +115,7 @@ def attach(
             such a model needs ``batch_dim=1``, or its rows get each other's adapters.
         pack: let siblings that receive the same input share one product, where there are any.
         augment: let products yield the shrink as well, where there is room.
+        overlap: on CUDA devices, run the shrink of a few rows on a stream of its own beside a large layer's product.
         max_pairs: most adapters that one row of a captured forward (a CUDA graph) may mix.
     Returns:
         ``model``.
@@ -135,12 +137,12 @@ def attach(
     for what, value in (("num_slots", num_slots), ("max_rank", max_rank), ("max_pairs", max_pairs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what}: got {value!r}, accepted is an integer from 1")
-    for what, flag in (("pack", pack), ("augment", augment)):
+    for what, flag in (("pack", pack), ("augment", augment), ("overlap", overlap)):
         if not isinstance(flag, bool):
             raise TypeError(f"{what}: got {flag!r}, accepted are True and False")
     if len(loaded) > num_slots:
         raise ValueError(f"num_slots: {len(loaded)} adapters were given, {num_slots} slots hold at most {num_slots}")
-    serving = Serving(num_slots, max_rank, batch_dim, max_pairs)
+    serving = Serving(num_slots, max_rank, batch_dim, max_pairs, overlap)
     factors = (t.dtype for a in loaded.values() if not isinstance(a, SparseAdapter) for t in a.tensors())
     dtype = next(factors, torch.float32)
     attachment = Attachment(serving, dtype)

@@ -37,12 +37,16 @@ class Beside(NamedTuple):
 
     Args:
         weight: ``[sum of sizes + A's rows, in_features]``.
-        columns: where each layer's h begins behind all y; None: it has to compute its own.
+        inside: the layers whose A is there, in its order; others with slots have to shrink by themselves.
+        starts: the first column of each one's y.
+        shrunk: the first column of all h, and how many there are.
     """
 
     weight: Tensor
     bias: Tensor | None
-    columns: tuple[int | None, ...]
+    inside: tuple[int, ...]
+    starts: list[int]
+    shrunk: tuple[int, int]
 
 
 def linear_with_lora(
@@ -50,18 +54,10 @@ def linear_with_lora(
 ) -> tuple[Tensor, ...]:
     """Each layer's output, adapters included: views of one tensor, in plain inference."""
     wide = F.linear(x, beside.weight, beside.bias)
-    *outputs, shrunk = wide.split_with_sizes([*sizes, wide.shape[-1] - sum(sizes)], -1)
-    for i, (y, pool, column) in enumerate(zip(outputs, pools, beside.columns, strict=True)):
-        if pool is None:
-            continue
-        if column is None:  # given its slots after the weights were moved
-            outputs[i] = add_lora(y, x, pool, routing, True)
-            continue
-        expand_beside(y, shrunk.narrow(-1, column, pool.num_slots * pool.max_rank), pool, routing)
-        outputs[i] = add_biases(y, pool, routing)
+    tensors = [t for i in beside.inside for t in pools[i].tensors[1:]]  # type: ignore[union-attr]
+    expand_fresh_(wide, wide.narrow(-1, *beside.shrunk), tensors, beside.starts, *routing.tensors, routing.tiles)
+    *outputs, _ = wide.split_with_sizes([*sizes, wide.shape[-1] - sum(sizes)], -1)
+    for i, (y, pool) in enumerate(zip(outputs, pools, strict=True)):
+        if pool is not None:
+            outputs[i] = add_biases(y, pool, routing) if i in beside.inside else add_lora(y, x, pool, routing, True)
     return tuple(outputs)
-
-
-def expand_beside(y: Tensor, h: Tensor, pool: AdapterPool, routing: Routing) -> None:
-    """``y[row] += weight * scaling * (B h[row, columns of the slot])``, for a ``y`` that nobody has seen."""
-    expand_fresh_(y, h, *pool.tensors[1:], *routing.tensors, routing.tiles)

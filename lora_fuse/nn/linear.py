@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lora_fuse._cpu import serve as _serve  # the whole of routing() and add_lor
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
+from lora_fuse.nn.overlap import SideShrink, begin
 from lora_fuse.nn.serving import Serving
 from lora_fuse.nn.traced import traced_routing
 from lora_fuse.ops.eager import autocasts, under_transform
@@ -39,6 +41,12 @@ def add_biases(y: Tensor, pool: AdapterPool, routing: Routing) -> Tensor:
     if pool._buffers["slot_bias"] is None:
         return y
     return add_bias(y, pool, routing.rows, routing.weights, pair_slots(routing.segment_starts, routing.rows))
+
+
+def finish(side: SideShrink, y: Tensor, x: Tensor, pool: AdapterPool, fresh: bool) -> Tensor:
+    """``add_lora`` where the shrink was done meanwhile."""
+    done = side.expand_(y, fresh)
+    return add_lora(y, x, pool, side.routing, fresh) if done is None else add_biases(done, pool, side.routing)
 
 
 def pair_slots(segment_starts: Tensor, rows: Tensor) -> Tensor:
@@ -106,14 +114,18 @@ class MultiLoRALinear(AdaptedModule, nn.Linear):
     lora_base = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input  # the name that nn.Linear has, for calls by keyword
-        y = F.linear(x, self.weight, self.bias)
+        x, serving = input, self.lora_serving  # the name that nn.Linear has, for calls by keyword
         if torch.compiler.is_compiling():
-            return add_lora_traced(y, x, self.lora_pool, self.lora_serving)
+            return add_lora_traced(F.linear(x, self.weight, self.bias), x, self.lora_pool, serving)
         pool: AdapterPool = self._modules["lora_pool"]  # type: ignore[assignment]
-        if _serve(y, x, self.lora_serving.local, pool._buffers):
+        if serving.overlap and (side := begin(x, (pool,), (self.out_features,), serving, self.lora_path)) is not None:
+            with side:
+                y = F.linear(x, self.weight, self.bias)
+            return finish(side, y, x, pool, True)
+        y = F.linear(x, self.weight, self.bias)
+        if _serve(y, x, serving.local, pool._buffers):
             return y
-        routing = self.lora_serving.routing(tuple(x.shape[:-1]), x.device, self.lora_path)
+        routing = serving.routing(tuple(x.shape[:-1]), x.device, self.lora_path)
         return y if routing is None else add_lora(y, x, pool, routing, True)
 
 
@@ -128,23 +140,32 @@ class WrappedLinear(AdaptedModule):
     lora_fresh = False  # whether the wrapped forward's result may be written into
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        base_forward = self.__dict__.get("lora_base_forward")
         x = input_of(args, kwargs)
-        y = super().forward(*args, **kwargs) if base_forward is None else base_forward(*args, **kwargs)
         if torch.compiler.is_compiling():
+            y = self._base(*args, **kwargs)
             return add_lora_traced(y, x, self.lora_pool, self.lora_serving, self.lora_one_entry)
+        pool, side = self.lora_pool, None
+        if self.lora_serving.overlap:
+            side = begin(x, (pool,), (pool.out_features,), self.lora_serving, self.lora_path)
+        with side or nullcontext():
+            y = self._base(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"{self.lora_path}: its forward returned {type(y).__name__}, a Linear-like module returns a Tensor"
             )
-        pool = self.lora_pool
-        fresh = self.lora_fresh and base_forward is None
+        fresh = self.lora_fresh and "lora_base_forward" not in self.__dict__
+        if side is not None:
+            return finish(side, y, x, pool, fresh)
         if fresh and _serve(y, x, self.lora_serving.local, pool._buffers):
             return y
         if x.device != pool.pool_a.device:  # an offloading hook moved the input inside the wrapped forward
             x = x.to(pool.pool_a.device)
         routing = self.lora_serving.routing(tuple(x.shape[:-1]), x.device, self.lora_path)
         return y if routing is None else add_lora(y, x, pool, routing, fresh)
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        base_forward = self.__dict__.get("lora_base_forward")
+        return super().forward(*args, **kwargs) if base_forward is None else base_forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuildable(type(self), super().__reduce_ex__(protocol))

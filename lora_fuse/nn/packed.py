@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from lora_fuse._cpu import may_bypass as _may_bypass
 from lora_fuse._cpu import serve_packed as _serve_packed
 from lora_fuse.adapters.pool import AdapterPool
+from lora_fuse.adapters.routing import Routing
 from lora_fuse.nn.augmented import MOST_ROWS, Beside, has_room, linear_with_lora
 from lora_fuse.nn.linear import MultiLoRALinear, add_biases
+from lora_fuse.nn.overlap import begin
 from lora_fuse.ops.multi_lora import slices_fresh_, slices_of
 
 _HABIT = 2  # outputs that went to waste so many times in a row are no longer computed
@@ -196,15 +198,16 @@ class Pack:
     def _beside(self, start: int, end: int, first: int) -> Beside | None:
         """What a run multiplies by to get its shrink as well; those that end with other weights cannot."""
         weight, total = self.weight, sum(self.sizes)
-        if weight is None or end < len(self.sizes) or all(at is None for at in self.behind[start:]):
+        lodgers = [i for i in range(start, end) if self.behind[i] is not None]
+        if weight is None or end < len(self.sizes) or not lodgers:
             return None
-        rows = sum(
-            p.num_slots * p.max_rank for p, at in zip(self.pools, self.behind, strict=True) if p and at is not None
-        )
-        if not has_room(weight.shape[1], total - first, rows, weight.element_size()):
+        rows = [p.num_slots * p.max_rank for p, at in zip(self.pools, self.behind, strict=True) if p and at is not None]
+        if not has_room(weight.shape[1], total - first, sum(rows), weight.element_size()):
             return None
-        columns = tuple(None if at is None else at - total for at in self.behind[start:])
-        return Beside(weight[first:], None if self.bias is None else self.bias[first:], columns)
+        bias = None if self.bias is None else self.bias[first:]
+        inside, starts = tuple(i - start for i in lodgers), [sum(self.sizes[start:i]) for i in lodgers]
+        shrunk = self.behind[lodgers[0]] - first, sum(rows[-len(lodgers) :])  # type: ignore[operator]
+        return Beside(weight[first:], bias, inside, starts, shrunk)
 
     def _compute(self, run: Run, layer: PackedLinear, x: Tensor) -> tuple[Tensor, ...]:
         serving = layer.lora_serving
@@ -212,16 +215,24 @@ class Pack:
             routing = serving.routing(tuple(x.shape[:-1]), x.device, layer.lora_path)
             if routing is not None:
                 return linear_with_lora(x, run.beside, run.sizes, run.pools, routing)
+        if serving.overlap and (side := begin(x, run.pools, run.sizes, serving, layer.lora_path)) is not None:
+            with side:
+                y = F.linear(x, run.weight, run.bias)
+            side.expand_(y, True)
+            return self._outputs(y, run, side.routing)
         y = F.linear(x, run.weight, run.bias)
         done = _serve_packed(y, x, serving.local, run.parts)
-        outputs: tuple[Tensor, ...] = y.split_with_sizes(run.sizes, -1)
         if done:
-            return outputs
+            return y.split_with_sizes(run.sizes, -1)  # type: ignore[no-any-return]
         routing = serving.routing(tuple(x.shape[:-1]), x.device, layer.lora_path)
         if routing is None:
-            return outputs
+            return y.split_with_sizes(run.sizes, -1)  # type: ignore[no-any-return]
         slices_fresh_(y, x, *slices_of(run.pools, run.sizes), *routing.tensors, routing.tiles)
-        pairs = zip(outputs, run.pools, strict=True)
+        return self._outputs(y, run, routing)
+
+    @staticmethod
+    def _outputs(y: Tensor, run: Run, routing: Routing) -> tuple[Tensor, ...]:
+        pairs = zip(y.split_with_sizes(run.sizes, -1), run.pools, strict=True)
         return tuple(part if pool is None else add_biases(part, pool, routing) for part, pool in pairs)
 
 

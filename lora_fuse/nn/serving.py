@@ -96,10 +96,14 @@ class Serving:
         max_rank: largest rank that fits.
         batch_dim: batch axis of the layers' inputs.
         max_pairs: most adapters of a row in a captured forward.
+        overlap: whether shrinks may run beside their layers' products, see overlap.py.
     """
 
-    def __init__(self, num_slots: int, max_rank: int, batch_dim: int, max_pairs: int = 4) -> None:
+    def __init__(
+        self, num_slots: int, max_rank: int, batch_dim: int, max_pairs: int = 4, overlap: bool = False
+    ) -> None:
         self.num_slots, self.max_rank, self.batch_dim, self.max_pairs = num_slots, max_rank, batch_dim, max_pairs
+        self.overlap = overlap
         self.structure = 0  # grows with every layer, copy, sparse site or bias that an adapter brings
         self._init_run_time({}, {}, BASE, packs=False)
 
@@ -136,6 +140,7 @@ class Serving:
                 "max_rank": self.max_rank,
                 "batch_dim": self.batch_dim,
                 "max_pairs": self.max_pairs,
+                "overlap": self.overlap,
                 "structure": self.structure,
                 "needs": dict(self.published.needs),
                 "slots": slots,
@@ -148,6 +153,7 @@ class Serving:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.num_slots, self.max_rank, self.batch_dim = state["num_slots"], state["max_rank"], state["batch_dim"]
         self.max_pairs, self.structure = state.get("max_pairs", 4), state.get("structure", 0)
+        self.overlap = state.get("overlap", False)
         self._init_run_time(state["slots"], state["heads"], state["default"], state.get("packs", False))
         self.published = Published(self.published.leases, self.published.heads, state.get("needs", {}))
         self.task = state.get("task")

@@ -136,15 +136,12 @@ def reachable_beside(attachment: Attachment, device: torch.device, max_tokens: i
             beside = pack.beside(first)
             if beside is None or beside.weight.device != device:
                 continue
-            total, columns = sum(pack.sizes[first:]), beside.weight.shape[0]
-            for i, (pool, behind) in enumerate(zip(pack.pools[first:], beside.columns, strict=True)):
-                if pool is None or behind is None:
-                    continue
-                where = sum(pack.sizes[first : first + i]), total + behind, columns
-                kind = [(tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16) for t in pool.tensors[1:]]
-                if (*kind, where) not in seen:
-                    seen.add((*kind, where))
-                    yield from expand_reach(pool.tensors[1:], where, rows, attachment.serving.max_pairs, backend)
+            tensors = [pack.pools[first + i].tensors for i in beside.inside]  # type: ignore[union-attr]
+            kind = tuple((tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16) for of in tensors for t in of[1:])
+            where = tuple(beside.starts), beside.weight.shape[0], beside.shrunk
+            if (kind, where) not in seen:
+                seen.add((kind, where))
+                yield from expand_reach(tensors, *where, rows, attachment.serving.max_pairs, backend)
 
 
 def reachable_sparse(attachment: Attachment, device: torch.device, max_tokens: int, backend: str) -> Iterator[Any]:

@@ -2,10 +2,12 @@
 
 ``out[row] += sum over the row's pairs of weight * scaling * h[row, slot's columns] B``, for an ``h`` that holds every
 slot's shrink of every row: what a product with the weight brings along if the pool's A rows lie behind the weight's.
+Layers that share their input are slices of it: each has columns of ``out``, and of ``h``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,61 +18,83 @@ from lora_fuse.ops._library import LIBRARY
 from lora_fuse.ops.multi_lora import KERNEL_DTYPES, RoutingTensors, add_slots, check_devices, check_routing
 
 _ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
-LIBRARY.define(
-    "expand_(Tensor(a!) out, Tensor h, Tensor pool_b, Tensor slot_rank, Tensor slot_scaling, "
-    f"{_ROUTING}, Tensor? tiles=None) -> ()"
-)
+# pools: pool_b, slot_rank, slot_scaling of each slice; starts: its first column in out
+LIBRARY.define(f"expand_(Tensor(a!) out, Tensor h, Tensor[] pools, int[] starts, {_ROUTING}, Tensor? tiles=None) -> ()")
+
+Pool = tuple[Tensor, Tensor, Tensor]
 
 
-def _check(
-    out: Tensor, h: Tensor, pool: tuple[Tensor, Tensor, Tensor], routing: RoutingTensors, tiles: Tensor | None
-) -> None:
-    """What can be checked without reading a tensor."""
-    pool_b, slot_rank, slot_scaling = pool
-    num_slots = slot_rank.shape[0]
-    if h.dtype != out.dtype or h.dtype != pool_b.dtype or not h.dtype.is_floating_point:
-        raise ValueError(
-            f"h, out, pool_b: dtypes {h.dtype}, {out.dtype} and {pool_b.dtype}, accepted is one floating dtype for all"
-        )
-    if pool_b.dim() != 2 or num_slots == 0 or pool_b.shape[0] % num_slots or slot_scaling.shape != slot_rank.shape:
-        shapes = f"{list(pool_b.shape)}, {list(slot_rank.shape)} and {list(slot_scaling.shape)}"
-        raise ValueError(f"pool_b, slot_rank, slot_scaling: shapes {shapes}, accepted are equally many rows a slot")
-    if h.shape[-1] != pool_b.shape[0] or out.shape[-1] != pool_b.shape[1]:
-        sizes = f"{h.shape[-1]} and {out.shape[-1]}"
-        raise ValueError(f"h, out: have {sizes} columns, the pool has {pool_b.shape[0]} and {pool_b.shape[1]}")
+def _slices(
+    out: Tensor,
+    h: Tensor,
+    pools: Sequence[Tensor],
+    starts: Sequence[int],
+    routing: RoutingTensors,
+    tiles: Tensor | None,
+) -> list[tuple[Tensor, Tensor, Pool]]:
+    """Of each slice: its columns of ``out`` and of ``h``, and its pool; checked as far as that takes no reading."""
+    if not starts or len(pools) != 3 * len(starts):
+        raise ValueError(f"pools: {len(pools)} tensors for {len(starts)} slices, accepted are three for each")
+    num_slots, (num_rows, *_) = pools[1].shape[0], pools[0].shape
+    slices, end = [], 0
+    for i, start in enumerate(starts):
+        pool_b, *_ = pool = tuple(pools[3 * i : 3 * i + 3])
+        if h.dtype != out.dtype or h.dtype != pool_b.dtype or not h.dtype.is_floating_point:
+            raise ValueError(
+                f"h, out, pool_b: dtypes {h.dtype}, {out.dtype} and {pool_b.dtype}, accepted is one floating dtype"
+            )
+        shapes = [list(t.shape) for t in pool]
+        fits = num_slots > 0 and num_rows % num_slots == 0 and shapes[1] == shapes[2] == [num_slots]
+        if pool_b.dim() != 2 or pool_b.shape[0] != num_rows or not fits:
+            raise ValueError(
+                f"pools: slice {i} has shapes {shapes[0]}, {shapes[1]} and {shapes[2]}, accepted are {num_rows} rows, "
+                f"and {num_slots} ranks and scalings, of which the rows are a multiple"
+            )
+        if not end <= start <= out.shape[-1] - pool_b.shape[1]:
+            raise ValueError(
+                f"starts: slice {i} has columns {start} to {start + pool_b.shape[1]}, accepted are {end} to "
+                f"{out.shape[-1]}"
+            )
+        end = start + pool_b.shape[1]
+        slices.append((out[..., start:end], h[..., i * num_rows : (i + 1) * num_rows], pool))
+        check_devices(h, {"out": out, "pool_b": pool_b, "routing": routing[0], "tiles": tiles}, "h")
+    if h.shape[-1] != len(starts) * num_rows:
+        raise ValueError(f"h: has {h.shape[-1]} columns, the pools have {len(starts) * num_rows} rows")
     if h.shape[:-1].numel() != out.shape[:-1].numel():
         raise ValueError(f"h, out: shapes {list(h.shape)} and {list(out.shape)} have different numbers of rows")
     check_routing(routing, num_slots)
-    check_devices(h, {"out": out, "pool_b": pool_b, "routing": routing[0], "tiles": tiles}, "h")
+    return slices  # type: ignore[return-value]
 
 
-def _split(args: tuple[Any, ...]) -> tuple[Any, Any, Tensor | None]:
-    return args[:3], args[3:8], args[8] if len(args) > 8 else None
+def _composite_(out: Tensor, h: Tensor, pools: list[Tensor], starts: list[int], *args: Any) -> None:
+    routing, tiles = args[:5], args[5] if len(args) > 5 else None
+    for part, own, pool in _slices(out, h, pools, starts, routing, tiles):  # type: ignore[arg-type]
+        flat = own.reshape(-1, own.shape[-1])
 
+        def shrunk(index: Tensor, used: slice, dtype: torch.dtype, flat: Tensor = flat) -> Tensor:
+            return flat[index, used].to(dtype)
 
-def _composite_(out: Tensor, h: Tensor, *args: Any) -> None:
-    pool, routing, tiles = _split(args)
-    _check(out, h, pool, routing, tiles)
-    flat = h.reshape(-1, h.shape[-1])
-    add_slots(out, lambda index, used, dtype: flat[index, used].to(dtype), pool, routing, tiles is not None)
+        add_slots(part, shrunk, pool, routing, tiles is not None)  # type: ignore[arg-type]
 
 
 _READY: dict[bytes, Any] = {}  # see ops/multi_lora.py
 
 
-def _cuda_(out: Tensor, h: Tensor, *args: Any) -> None:
-    operands = (out, h, *args)
-    if len(args) == 9 and not (out.is_neg() or h.is_neg()) and _cpu.launch_again(_READY, operands):
+def _cuda_(out: Tensor, h: Tensor, pools: list[Tensor], starts: list[int], *args: Any) -> None:
+    operands = (out, h, *starts, *pools, *args)
+    if len(args) == 6 and not (out.is_neg() or h.is_neg()) and _cpu.launch_again(_READY, operands):
         return
-    pool, routing, tiles = _split(args)
-    _check(out, h, pool, routing, tiles)
+    routing, tiles = args[:5], args[5] if len(args) > 5 else None
+    slices = _slices(out, h, pools, starts, routing, tiles)  # type: ignore[arg-type]
     if tiles is None or (tiles.shape[0] == 0) != (routing[0].shape[0] == 0) or h.dtype not in KERNEL_DTYPES:
-        return _composite_(out, h, *args)
-    if pool[0].stride(1) != 1 and pool[0].shape[1] > 1:
-        raise ValueError(f"pool_b: strides {pool[0].stride()}, accepted is unit stride in the last dimension")
-    from lora_fuse.kernels.multi_lora import expand_  # triton, only where there is a device for it
+        return _composite_(out, h, pools, starts, *args)
+    for _, _, (pool_b, *_) in slices:
+        if pool_b.stride(1) != 1 and pool_b.shape[1] > 1:
+            raise ValueError(f"pool_b: strides {pool_b.stride()}, accepted is unit stride in the last dimension")
+    from lora_fuse.kernels.multi_lora import Slice, expand_  # triton, only where there is a device for it
 
-    expand_(_rows_of("out", out), _rows_of("h", h), pool, routing, tiles, operands, _READY)
+    made = [Slice(pool[0], *pool, start) for (_, _, pool), start in zip(slices, starts, strict=True)]
+    expand_(_rows_of("out", out), _rows_of("h", h), made, routing, tiles, operands, _READY)
 
 
 def _rows_of(name: str, t: Tensor) -> Tensor:
@@ -91,7 +115,7 @@ def expand_fresh_(out: Tensor, h: Tensor, *args: Any) -> None:
     """The op without torch's dispatcher: in plain inference, for an ``out`` that nobody has seen.
 
     Args:
-        args: pool_b, slot_rank, slot_scaling, the routing's five tensors, tiles.
+        args: pools, starts, the routing's five tensors, tiles.
     """
     (_cuda_ if h.is_cuda else _composite_)(out, h, *args)
 

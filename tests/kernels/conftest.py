@@ -23,3 +23,11 @@ collect_ignore_glob = (
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Triton cache for this test alone, so that what it compiles is compiled now."""
     monkeypatch.setenv("TRITON_CACHE_DIR", os.fspath(tmp_path / "triton"))
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """See ``record_wide``."""
+    from augmented_models import record_wide
+
+    return record_wide(monkeypatch)

@@ -76,20 +76,19 @@ def test_plans_fit_the_device(name, rows, in_features, widths, rank, slots, dtyp
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(
-    ("rows", "out_features", "rank", "slots", "dtype", "captured"),
+    ("rows", "widths", "rank", "slots", "dtype", "captured"),
     [
-        pytest.param(16, 4096, 16, 9, torch.bfloat16, True, id="captured"),
-        pytest.param(256, 6144, 64, 9, torch.bfloat16, False, id="rank-64"),
-        pytest.param(64, 4096, 16, 9, torch.float16, False, id="fp16", marks=pytest.mark.slow),
+        pytest.param(16, (4096,), 16, 9, torch.bfloat16, True, id="captured"),
+        pytest.param(256, (4096, 1024, 1024), 64, 9, torch.bfloat16, False, id="qkv"),
+        pytest.param(64, (4096,), 16, 9, torch.float16, False, id="fp16", marks=pytest.mark.slow),
     ],
 )
-def test_expands_beside_the_weight(name, rows, out_features, rank, slots, dtype, captured, tmp_path, own_cache):
+def test_expands_beside_the_weight(name, rows, widths, rank, slots, dtype, captured, tmp_path, own_cache):
     """h lies behind y, in its dtype: one matrix instruction a block, no parts."""
     target, shared = TARGETS[name]
-    _, _, pools, routing, tiles = arguments(rows, 4096, (out_features,), rank, slots, dtype, captured)
-    wide = torch.empty(rows, out_features + slots * rank, dtype=dtype, device="meta")
-    out, h = wide[:, :out_features], wide[:, out_features:]
-    made = expand_launches(out, h, pools[0][1:4], routing, tiles, target.backend)
+    _, _, slices, routing, tiles = arguments(rows, 4096, widths, rank, slots, dtype, captured)
+    wide = torch.empty(rows, sum(widths) + len(widths) * slots * rank, dtype=dtype, device="meta")
+    made = expand_launches(wide, wide[:, sum(widths) :], slices, routing, tiles, target.backend)
     assert len(made) == 1
     found = resources(compiled(made[0], target), target, tmp_path)
     assert found.spilled == 0

@@ -167,7 +167,8 @@ def test_operands_in_one_tensor():
     for out, h, *rest in (first, second):
         assert out is not None
         assert h is not None
-        made.append(expand_launches(out.view(5, 32), h.view(5, 48), rest[:3], rest[3:8], rest[8], "cuda"))  # type: ignore[arg-type]
+        own = Slice(rest[0], *rest[:3])  # type: ignore[arg-type]
+        made.append(expand_launches(out.view(5, 32), h.view(5, 48), [own], rest[3:8], rest[8], "cuda"))  # type: ignore[arg-type]
     arguments = arguments_of(made[0], first)
     assert arguments is not None
     got = arguments.values([0 if t is None else t.data_ptr() for t in second])

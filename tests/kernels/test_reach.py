@@ -69,7 +69,7 @@ class Recorder:
 
     def expand(self, out: Any, h: Any, *args: Any) -> None:
         *others, tiles = args
-        expand._cuda_(out, h, *others, self.tiles_of(args[5], args[3].shape[0]) if tiles is None else tiles)
+        expand._cuda_(out, h, *others, self.tiles_of(args[4], args[2].shape[0]) if tiles is None else tiles)
 
 
 def serve(model: Any, recorder: Recorder, features: int, swapped: Any) -> None:

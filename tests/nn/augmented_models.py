@@ -11,6 +11,7 @@ from nn_models import adapter
 from torch import Tensor, nn
 
 import lora_fuse as lf
+from lora_fuse.nn import packed
 
 PATHS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down", "out")
 # v_proj has room among its siblings only
@@ -49,3 +50,16 @@ def widths(pack: bool) -> list[tuple[int, ...]]:
 
 
 BOTH = pytest.mark.parametrize("pack", [False, True], ids=["alone", "packed"])
+
+
+def record_wide(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The widths of the layers that each product with A behind the weights is made for from now on, in order."""
+    made: list[tuple[int, ...]] = []
+    real = packed.linear_with_lora
+
+    def record(x: Tensor, beside: Any, sizes: Any, *rest: Any) -> Any:
+        made.append(tuple(sizes))
+        return real(x, beside, sizes, *rest)
+
+    monkeypatch.setattr(packed, "linear_with_lora", record)
+    return made

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import Tensor
+from augmented_models import record_wide
 
-from lora_fuse.nn import packed
 from lora_fuse.nn.packed import Pack
 
 
@@ -30,13 +29,5 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The widths of the layers that each product with A behind the weights was made for, in order."""
-    made: list[tuple[int, ...]] = []
-    real = packed.linear_with_lora
-
-    def record(x: Tensor, beside: Any, sizes: Any, *rest: Any) -> Any:
-        made.append(tuple(sizes))
-        return real(x, beside, sizes, *rest)
-
-    monkeypatch.setattr(packed, "linear_with_lora", record)
-    return made
+    """See ``record_wide``."""
+    return record_wide(monkeypatch)

@@ -7,8 +7,8 @@ import torch
 from cases import make_case, make_pool, routing_of
 from torch import Tensor
 
+import lora_fuse.ops.expand  # noqa: F401  # registers the op
 from lora_fuse.adapters.routing import Routing
-from lora_fuse.ops import expand as _  # noqa: F401  # registers the op
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 expand_ = torch.ops.lora_fuse.expand_
@@ -36,7 +36,7 @@ def beside(case, fill: float = float("nan")) -> tuple[Tensor, Tensor, float]:
 def test_error_is_at_most_twice_torchs_own(rows, max_rank, slots, dtype, mixed):
     case = make_case(rows, 300, 130, max_rank, slots, dtype, mixed)
     out, h, torch_error = beside(case)
-    expand_(out, h, *case.pool.tensors[1:], *case.routing.tensors)
+    expand_(out, h, case.pool.tensors[1:], [0], *case.routing.tensors)
     assert case.error(out) <= 2 * torch_error + FLOOR[dtype]
 
 
@@ -45,30 +45,46 @@ def test_three_dimensions_and_padding():
     out, h = (t.unflatten(0, (2, 3)) for t in beside(case)[:2])
     rows = torch.cat([case.routing.rows, torch.full((4,), 2**30, dtype=torch.int32)])
     tensors = (rows, None, *case.routing.tensors[2:])
-    expand_(out, h, *case.pool.tensors[1:], *tensors, torch.full((1, 4), -1, dtype=torch.int32))
+    expand_(out, h, case.pool.tensors[1:], [0], *tensors, torch.full((1, 4), -1, dtype=torch.int32))
     assert case.error(out.flatten(0, 1)) <= 2 * case.torch_error + 1e-6
+
+
+def test_slices():
+    """Each as alone, in its own columns of out and of h."""
+    one, other = (make_case(7, 30, width, 4, 3, torch.float32, True) for width in (20, 12))
+    (y1, h1), (y2, h2) = beside(one)[:2], beside(other)[:2]
+    out = torch.cat([y1, torch.ones(7, 3), y2, torch.zeros(7, 2)], 1)
+    pools = [*one.pool.tensors[1:], *other.pool.tensors[1:]]
+    expand_(out, torch.cat([h1, h2], 1), pools, [0, 23], *one.routing.tensors)
+    expand_(y1, h1, one.pool.tensors[1:], [0], *one.routing.tensors)
+    expand_(y2, h2, other.pool.tensors[1:], [0], *one.routing.tensors)
+    assert torch.equal(out, torch.cat([y1, torch.ones(7, 3), y2, torch.zeros(7, 2)], 1))
 
 
 def test_opcheck():
     pool = make_pool(3, 4, 30, 20, torch.float32)
     routing = routing_of([(0, 1, 0.5), (0, 2, 1.0), (1, 0, 1.0)], 3, 3)
-    torch.library.opcheck(
-        expand_.default, (torch.randn(3, 20), torch.randn(3, 12), *pool.tensors[1:], *routing.tensors)
-    )
+    given = (torch.randn(3, 20), torch.randn(3, 12), pool.tensors[1:], [0], *routing.tensors)
+    torch.library.opcheck(expand_.default, given)
 
 
 def test_bad_input():
-    pool = make_pool(3, 4, 30, 20, torch.float32)
+    pool, wide = make_pool(3, 4, 30, 20, torch.float32), make_pool(3, 5, 30, 20, torch.float32)
     routing, other = (Routing.from_slots(torch.tensor([0, 2, -1]), slots) for slots in (3, 4))
     out, h = torch.zeros(3, 20), torch.zeros(3, 12)
-    for match, given in [
-        ("h, out, pool_b: dtypes", (out, h.half(), pool, routing)),
-        ("h, out: have 11 and 20 columns, the pool has 12 and 20", (out, h[:, 1:], pool, routing)),
-        ("h, out: shapes .* different numbers of rows", (out, h[1:], pool, routing)),
-        ("segment_starts: must be 4 numbers", (out, h, pool, other)),
-    ]:
+    own = pool.tensors[1:]
+    for match, (y, given, pools, starts, route) in [
+        ("h, out, pool_b: dtypes", (out, h.half(), own, [0], routing)),
+        ("h: has 11 columns, the pools have 12 rows", (out, h[:, 1:], own, [0], routing)),
+        ("h, out: shapes .* different numbers of rows", (out, h[1:], own, [0], routing)),
+        ("segment_starts: must be 4 numbers", (out, h, own, [0], other)),
+        ("pools: 3 tensors for 2 slices", (out, h, own, [0, 0], routing)),
+        ("pools: 0 tensors for 0 slices", (out, h, [], [], routing)),
+        (r"pools: slice 0 has shapes \[12, 20\], \[3\] and \[2\]", (out, h, [*own[:2], own[2][1:]], [0], routing)),
+        (r"pools: slice 1 has shapes \[15, 20\]", (out.repeat(1, 2), h, [*own, *wide.tensors[1:]], [0, 20], routing)),
+        ("starts: slice 0 has columns 1 to 21, accepted are 0 to 20", (out, h, own, [1], routing)),
+        ("starts: slice 1 has columns 10 to 30, acc", (out.repeat(1, 2), h, own * 2, [0, 10], routing)),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            expand_(*given[:2], *given[2].tensors[1:], *given[3].tensors)
-    with pytest.raises(ValueError, match="pool_b, slot_rank, slot_scaling: shapes"):
-        expand_(out, h, *pool.tensors[1:3], pool.slot_scaling[1:], *routing.tensors)
+            expand_(y, given, pools, starts, *route.tensors)
     assert not out.any()
