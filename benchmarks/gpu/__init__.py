@@ -19,4 +19,5 @@ PARTS: dict[str, float] = {  # and each one's share of the time
     "model": 0.7,
     "fused": 0.4,
     "svd": 0.8,
+    "sparse_delta": 0.6,
 }
