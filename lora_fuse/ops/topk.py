@@ -40,9 +40,12 @@ def topk_mask(x: Any, density: float, scope: Scope = "tensor", *, minus: Any = N
     lowest index), -0 and 0 are equal and inf is the largest. The mask is one exact set, whatever the number of threads,
     the instruction set or the device. Inputs are never changed; the difference is formed on the fly.
 
+    On a GPU the call waits for the device once, at its end, to tell whether there was NaN. While a CUDA graph is
+    captured it does not, and a replay cannot raise: on NaN its results mean nothing, and ``out`` stays as it was.
+
     Args:
-        x: a floating-point tensor (fp32, bf16, fp16, fp64) of any shape and strides, or a list of them. Other devices
-            than the CPU and fp64 go by plain torch.
+        x: a floating-point tensor (fp32, bf16, fp16, fp64) of any shape and strides, or a list of them. fp64 and
+            devices other than CPUs and GPUs go by plain torch.
         density: fraction to keep, ``0 < density <= 1``.
         scope: what shares a threshold: each ``tensor``, each ``row`` (``x`` seen as ``[shape[0], rest]``; a 1-d tensor
             is one row), or the whole list (``global``).
@@ -224,6 +227,13 @@ class _Call:
             for t, m in zip(self.xs, self.subtracted(), strict=True)
         )
 
+    @property
+    def by_gpu_kernel(self) -> bool:
+        return all(
+            t.device.type == "cuda" and t.dtype in KERNEL_DTYPES and (m is None or m.dtype == t.dtype)
+            for t, m in zip(self.xs, self.subtracted(), strict=True)
+        )
+
     def give_back(self, results: list[_T]) -> _T | list[_T]:
         return results[0] if self.single else results
 
@@ -248,7 +258,27 @@ class _Call:
             raise ValueError(f"{self.names('minus')[i]}: has NaN entries")
         raise ValueError(f"{name}: x - minus has NaN entries, where both are infinite")
 
+    def select_on_gpu(self, form: Literal["mask", "dense"], outs: list[Tensor], guarded: bool) -> None:
+        """Have ``outs`` written, which are contiguous; guarded: not at all if there is NaN."""
+        from lora_fuse.kernels import topk
+
+        flat_minus = None if self.minus is None else [_flat(t) for t in self.minus]
+        flat_outs = [t.detach().view(-1) for t in outs]
+        made = topk.select(
+            [_flat(t) for t in self.xs], flat_minus, self.shapes, self.scope, self.ks, form, flat_outs, guarded
+        )
+        made.run()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        bad = made.bad_input()
+        if bad >= 0:
+            self.refuse_nan(bad)
+
     def masks(self) -> list[Tensor]:
+        if self.xs and self.by_gpu_kernel:
+            masks = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in self.xs]
+            self.select_on_gpu("mask", masks, False)
+            return masks
         if not self.by_kernel:
             return self.composite_masks()
         selection = self.select()
@@ -257,6 +287,10 @@ class _Call:
         return out
 
     def pruned(self) -> list[Tensor]:
+        if self.xs and self.by_gpu_kernel:
+            dense = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self.xs]
+            self.select_on_gpu("dense", dense, False)
+            return dense
         if not self.by_kernel:
             return self.composite_pruned()
         selection = self.select()
@@ -265,7 +299,12 @@ class _Call:
         return out
 
     def prune_into(self, outs: list[Tensor]) -> None:
-        if self.by_kernel and all(t.is_contiguous() and not t.is_neg() for t in outs):
+        plain = bool(outs) and all(t.is_contiguous() and not t.is_neg() for t in outs)
+        if plain and self.by_gpu_kernel:
+            self.select_on_gpu("dense", outs, True)
+            torch.autograd.graph.increment_version(outs)
+            return
+        if plain and self.by_kernel:
             self.select().write_dense([_flat(t) for t in outs], False, torch.get_num_threads())
             return
         for out, result in zip(outs, self.pruned(), strict=True):
@@ -273,10 +312,11 @@ class _Call:
 
     def matrices(self, own: bool) -> list[SparseMatrix]:
         if not self.by_kernel:
-            dense = self.xs if own else self.composite_pruned()
+            masks = self.masks()
+            dense = self.xs if own else [_masked(*a) for a in zip(masks, self.xs, self.subtracted(), strict=True)]
             return [
                 SparseMatrix.from_mask(t.detach().reshape(shape), mask.view(shape))
-                for t, mask, shape in zip(dense, self.composite_masks(), self.shapes, strict=True)
+                for t, mask, shape in zip(dense, masks, self.shapes, strict=True)
             ]
         selection = self.select()
         parts = [

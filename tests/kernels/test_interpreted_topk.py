@@ -1,0 +1,141 @@
+"""Selection by magnitude in Triton's CPU interpreter, bit for bit as the CPU's kernels. Entries are loaded as integers,
+so bf16 can be trusted here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from topk_cases import INF, KINDS, SHAPES, SMALL, check, run
+
+from lora_fuse.functional import magnitude_prune, topk_mask
+from lora_fuse.kernels.topk_plan import FIELDS, Plan
+from lora_fuse.kernels.topk_tables import fills
+from lora_fuse.ops.topk import KERNEL_DTYPES, SCOPES, _Call
+
+DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in KERNEL_DTYPES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("with_minus", [False, True], ids=["plain", "minus"])
+def test_lists(scope, dtype, with_minus):
+    xs = [torch.randn(s).to(dtype) for s in SHAPES]
+    minus = [torch.randn_like(x) for x in xs] if with_minus else None
+    check(xs, 0.3, scope, minus, "dense", SMALL)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_values(kind):
+    """One threshold over several dtypes, and rows of one."""
+    xs = [kind(3, 401), kind(2, 333).bfloat16(), kind(1, 500).half()]
+    check(xs, 0.3, "global", plan=SMALL)
+    check([kind(3, 53).half()], 0.4, "row", [kind(3, 53).half().nan_to_num(posinf=2, neginf=-2)], "dense", SMALL)
+
+
+@pytest.mark.parametrize("kind", ["normal", "mostly zeros"])
+@pytest.mark.parametrize("margin", [5.0, -30.0], ids=["bracket", "missed"])
+def test_every_rank(kind, margin):
+    """Whether the bracket from the sample holds the threshold, or one program has to search for it."""
+    x = KINDS[kind](2000)
+    order = x.abs().sort(descending=True, stable=True).indices
+    plan = Plan(**{**vars(SMALL), "margin": margin})
+    for k in (0, 1, 100, 1999, 2000) if margin > 0 else (1500,):
+        want = torch.zeros(2000, dtype=torch.bool)
+        want[order[:k]] = True
+        assert torch.equal(run([x], 1.0, "tensor", plan=plan, k=k)[0], want)
+
+
+def test_ties_beyond_what_one_program_picks_from():
+    """fp32 entries with the few values of a coarser type: a bin holds one value many times, or some."""
+    x = torch.randn(3000).bfloat16().float()
+    x[::3] = (x[::3] * 256).round() / 256
+    check([x], 0.3, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 256}))
+    check([torch.rand(900) * 1e-3 + 1], 0.5, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 0}))
+
+
+def test_the_shipped_plan():
+    xs = [torch.randn(2, 4099), torch.randn(1, 9000), torch.randn(5, 1024)]
+    check(xs, 0.1, "row")
+    check([xs[1].half()], 0.1, "tensor", form="dense")
+
+
+def test_rows_on_chip():
+    for cols in (1, 31, 300):
+        x = KINDS["few distinct"](9, cols)
+        check([x, x.bfloat16()], 0.4, "row")
+    wide = torch.where(torch.rand(4, 200) < 0.5, 1e30, 1e-30) * torch.rand(4, 200)
+    check([wide], 0.6, "row", form="dense")
+    wide[1, 7] = INF
+    check([wide], 0.002, "row")
+    check([wide], 1.0, "row")
+
+
+@pytest.mark.parametrize("cols", [40, 700], ids=["on-chip", "tiles"])
+def test_in_place(cols):
+    x, minus = torch.randn(4, cols).bfloat16(), torch.randn(4, cols).bfloat16()
+    want = magnitude_prune(x, 0.3, minus=minus)
+    for target in (0, 1):
+        pair = [x.clone(), minus.clone()]
+        run([pair[0]], 0.3, "tensor", [pair[1]], "dense", [pair[target]], True, SMALL)
+        assert torch.equal(pair[target], want)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # inf - inf, as numpy sees it
+@pytest.mark.parametrize("scope", SCOPES)
+def test_nan_is_named_and_nothing_is_written(scope):
+    xs = [torch.randn(2, 30), torch.randn(2, 700)]
+    minus = [torch.randn_like(x) for x in xs]
+    outs = [torch.ones_like(x) for x in xs]
+    for i, at in ((1, (1, 699)), (0, (0, 0))):
+        xs[i][at] = float("nan")
+        with pytest.raises(ValueError, match=rf"^x\[{i}\]: has NaN"):
+            run(xs, 0.3, scope, minus, "dense", outs, True, SMALL)
+        xs[i][at] = minus[i][at] = INF
+        with pytest.raises(ValueError, match=rf"^x\[{i}\]: x - minus has NaN .* both are infinite"):
+            run(xs, 1.0, scope, minus, "dense", outs, True, SMALL)
+        xs[i][at] = minus[i][at] = 0
+    assert all(bool((out == 1).all()) for out in outs)
+    run(xs, 0.3, scope, minus, "dense", outs, True, SMALL)
+    assert not any(bool((out == 1).any()) for out in outs)
+
+
+class TestTheOp:
+    """What the public functions do for tensors on a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def on_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_Call, "by_gpu_kernel", property(lambda call: call.by_kernel))
+
+    def test_results_are_the_cpus(self, monkeypatch):
+        x, minus = torch.randn(5, 4, 9), torch.randn(5, 4, 9)
+        got = [topk_mask(x, 0.3, "row", minus=minus), magnitude_prune(x, 0.3, minus=minus)]
+        strided = torch.zeros(5, 4, 18)[..., ::2]
+        magnitude_prune(x.transpose(0, 1).contiguous().transpose(0, 1), 0.3, minus=minus, out=strided)
+        out = x.clone()
+        version = out._version
+        assert magnitude_prune(out, 0.3, minus=minus, out=out) is out
+        assert out._version > version
+        assert topk_mask([], 0.5) == []
+        assert topk_mask(torch.zeros(0, 3), 0.5).shape == (0, 3)
+        monkeypatch.undo()
+        assert torch.equal(got[0], topk_mask(x, 0.3, "row", minus=minus))
+        want = magnitude_prune(x, 0.3, minus=minus)
+        assert all(torch.equal(y, want) for y in (got[1], strided, out))
+
+    def test_errors_are_the_cpus(self):
+        x = torch.randn(4, 5)
+        x[3, 4] = float("nan")
+        out = torch.ones(4, 5)
+        with pytest.raises(ValueError, match=r"^x: has NaN entries$"):
+            topk_mask(x, 0.5)
+        with pytest.raises(ValueError, match=r"^x: has NaN entries$"):
+            magnitude_prune(x, 0.5, out=out)
+        assert bool((out == 1).all())
+
+
+def test_tables_are_written_by_launches_too():
+    numbers = [[i * 2**40 - j for j in range(len(FIELDS))] for i in range(3)]
+    table = torch.zeros(3, len(FIELDS), dtype=torch.int64)
+    for launch in fills(table, numbers):
+        launch.run()
+    assert table.tolist() == numbers
