@@ -20,4 +20,5 @@ PARTS: dict[str, float] = {  # and each one's share of the time
     "fused": 0.4,
     "svd": 0.8,
     "sparse_delta": 0.6,
+    "topk": 0.6,
 }
