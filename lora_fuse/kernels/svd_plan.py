@@ -51,7 +51,7 @@ def plan(reduced: int, width: int, columns: int, batch: int, kind: str, random: 
     each = -(-columns // groups)
     head = 32 if each > 32 else 0
     tail = 16 if each - head <= 16 else 32
-    block_n = 128 if backend == "cuda" and not random and width > 64 else 64
+    block_n = 128 if backend == "cuda" and kind != "sparse" and not random and width > 64 else 64
     programs = -(-width // block_n) * groups * batch
     # Waves of the device over their share of the work; each more sum that is stored costs a little.
     splits = min(range(1, min(-(-reduced // _SEGMENT), 32) + 1), key=lambda s: -(-programs * s // _WAVE) / s + 0.02 * s)
