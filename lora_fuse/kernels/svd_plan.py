@@ -46,12 +46,13 @@ def plan(reduced: int, width: int, columns: int, batch: int, kind: str, random: 
         random: whether Q is drawn.
         backend: Triton's, ``"cuda"`` or ``"hip"``.
     """
-    most = _COLUMNS // 4 if random and kind == "sparse" else _COLUMNS  # or registers spill
+    sparse = kind == "sparse"  # its tiles take registers to form: narrow ones, and few columns, or they spill
+    most = _COLUMNS // 4 if random and sparse else _COLUMNS
     groups = -(-columns // most)
     each = -(-columns // groups)
     head = 32 if each > 32 else 0
     tail = 16 if each - head <= 16 else 32
-    block_n = 128 if backend == "cuda" and kind != "sparse" and not random and width > 64 else 64
+    block_n = 128 if backend == "cuda" and not (sparse or random) and width > 64 else 32 if sparse and random else 64
     programs = -(-width // block_n) * groups * batch
     # Waves of the device over their share of the work; each more sum that is stored costs a little.
     splits = min(range(1, min(-(-reduced // _SEGMENT), 32) + 1), key=lambda s: -(-programs * s // _WAVE) / s + 0.02 * s)
@@ -60,7 +61,7 @@ def plan(reduced: int, width: int, columns: int, batch: int, kind: str, random: 
         precision = {"bfloat16": "bf16", "float16": "tf32"}.get(kind, "tf32x3")
     else:
         precision = "bf16" if kind == "bfloat16" else "ieee"
-    stages = 2 if random or backend == "hip" else 3
+    stages = 1 if random and sparse else 2 if random or backend == "hip" else 3
     step = CHUNK if random else GROUP
     splits = -(-reduced // split_len)
     return Thin(
