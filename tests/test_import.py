@@ -32,4 +32,5 @@ def test_import_is_light() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "lora_fuse.compress.peru_fft" in loaded
     heavy = {"click", "rich", "peft", "transformers", "huggingface_hub", "matplotlib", "lora_fuse.checkpoints"}
+    heavy |= {"triton", "lora_fuse.kernels", "torch._dynamo"}  # a second of the two that importing takes
     assert heavy.isdisjoint(loaded)

@@ -391,11 +391,15 @@ def _room(dtype: torch.dtype, rows: int, cols: int, kept: int) -> tuple[Tensor, 
     return torch.empty(kept, dtype=dtype), torch.empty(rows + 1, dtype=torch.int64), columns, bitmap
 
 
-@torch.compiler.disable
 def _eager(call: Callable[[], _T]) -> _T:
     """Outside a traced graph; nothing in it is recorded."""
-    with torch.no_grad():
-        return call()
+    # importing what ``torch.compiler.disable`` needs takes a second, which only compiled code has spent already
+    return torch.compiler.disable(_unrecorded)(call) if _compiling() else _unrecorded(call)
+
+
+@torch.no_grad()
+def _unrecorded(call: Callable[[], _T]) -> _T:
+    return call()
 
 
 LIBRARY.define("topk_mask(Tensor x, float density, str scope, Tensor? minus) -> Tensor")
