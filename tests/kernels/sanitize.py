@@ -22,6 +22,7 @@ from lora_fuse.kernels import sketch
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.ops.expand import _cuda_ as expand
 from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
+from lora_fuse.ops.multi_lora import _cuda_slices_ as slices
 from lora_fuse.ops.sparse_delta import _cuda_ as sparse_delta
 from lora_fuse.sparse import SparseMatrix
 
@@ -83,6 +84,17 @@ def run_multi_lora() -> None:
             for gap in (0, 3) if DEVICE.type == "cuda" else (3,):
                 x, y = columns(rows, fan_in, dtype, gap), columns(rows, fan_out, dtype, gap)
                 multi_lora(y, x, *pool.tensors, *routing, tiles)
+
+
+def run_slices() -> None:
+    """Layers in one launch, of widths that no block divides, with columns between them that nobody may touch."""
+    for dtype in DTYPES:
+        for mixed in (False, True):
+            routing, rows = routing_of(9, 3, mixed), 9
+            tiles = build_tiles(routing[2], routing[0].shape[0])
+            pools = [pool_of(3, 20, 64, width, dtype) for width in (77, 5, 130)]
+            x, y = columns(rows, 64, dtype, 3), columns(rows, 77 + 9 + 5 + 130, dtype, 2)
+            slices(y, x, [t for pool in pools for t in pool.tensors], [0, 86, 91], *routing, tiles)
 
 
 def run_expand() -> None:
@@ -150,7 +162,7 @@ def run_sketch() -> None:
     sketch.normals(3, 1, (2, n, columns_of_q), DEVICE)
 
 
-LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_expand, run_routing, run_sparse_delta, run_sketch]
+LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_slices, run_expand, run_routing, run_sparse_delta, run_sketch]
 
 
 @triton.jit
