@@ -90,6 +90,7 @@ def plan(
     dtype: str,
     backend: str,
     slices: int = 1,
+    num_rows: int | None = None,
 ) -> Plan:
     """The launches for a shape.
 
@@ -98,6 +99,7 @@ def plan(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         backend: Triton's, ``"cuda"`` or ``"hip"``.
         slices: layers that share x.
+        num_rows: where ``num_pairs`` counts padding, rows of x; None: as many as pairs.
     """
     tiles, block_m = tile_capacity(num_pairs, num_slots), tile_rows(num_pairs)
     block_r = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
@@ -110,7 +112,8 @@ def plan(
     block_k = 128 if not wide else 64 if block_r < 64 else 32
     shrink = Shrink(block_m, block_r, block_k, split_len, planes, 4, 2 if wide else 3)
     # The fewest tiles are those of rows that all want one adapter; the most, whatever the batch may look like.
-    blocks, at_once, fewest = -(-out_features // 64), 1, -(-num_pairs // block_m)
+    fewest = -(-min(num_pairs, num_rows or num_pairs) // block_m)
+    blocks, at_once = -(-out_features // 64), 1
     while at_once < 16 and (
         fewest * (blocks // (2 * at_once)) >= _SPREAD and tiles * (blocks // (2 * at_once)) >= 2 * _WAVE
     ):

@@ -71,7 +71,7 @@ def _plan(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) -> P
     num_slots = slices[0].slot_rank.shape[0]
     max_rank, columns = slices[0].pool_a.shape[0] // num_slots, sum(s.pool_b.shape[1] for s in slices)
     sizes = x.shape[1], columns, max_rank, num_pairs, num_slots
-    return plan(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices))
+    return plan(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices), x.shape[0])
 
 
 def scratch(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str, chosen: Plan | None = None) -> Tensor:
@@ -163,7 +163,7 @@ def expand_launches(
         some = slices[i : i + SLICES]
         width = sum(s.pool_b.shape[1] for s in some)
         sizes = 1, width, pool_rows // num_slots, num_pairs, num_slots
-        expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend, len(some)).expand
+        expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend, len(some), out.shape[0]).expand
         if expand.precision != "ieee":
             expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
         if width:

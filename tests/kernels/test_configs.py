@@ -48,6 +48,8 @@ def test_few_rows_are_spread_and_many_are_not_cut_small():
         return -(-pairs // made.block_m) * -(-out_features // (made.block_n * made.steps)), made.block_n * made.steps
 
     assert programs(1, 8, 4096) == (64, 64)
+    padded = plan(4096, 4096, 16, 64, 9, "bfloat16", "cuda", num_rows=16).expand  # a captured batch has room for mixes
+    assert padded.block_n * padded.steps == 64
     assert programs(64, 64, 4096)[1] == 256  # wide loads of B for rows that all want others
     many, columns = programs(4096, 8, 4096)
     assert many >= 264
