@@ -101,10 +101,10 @@ def run_expand() -> None:
     """With every slot's shrink beside one another."""
     for dtype in DTYPES:
         for mixed in (False, True):
-            pool, routing = pool_of(3, 20, 64, 77, dtype), routing_of(9, 3, mixed)
+            routing, pools = routing_of(9, 3, mixed), [pool_of(3, 20, 64, width, dtype) for width in (77, 21)]
             tiles = build_tiles(routing[2], routing[0].shape[0])
-            h, y = columns(9, 60, dtype, 5), columns(9, 77, dtype, 2)
-            expand(y, h, *pool.tensors[1:], *routing, tiles)
+            h, y = columns(9, 2 * 60, dtype, 5), columns(9, 77 + 4 + 21, dtype, 2)
+            expand(y, h, [t for pool in pools for t in pool.tensors[1:]], [0, 81], *routing, tiles)
 
 
 def run_routing() -> None:
