@@ -1,7 +1,7 @@
 """The linear layers of an 8B decoder as a model has them: q, k, v packed, o, gate and up packed, down.
 
-Ours is the attached model itself (``attach(pack=True)``, and with ``augment=True``); the rivals' kernels run on packed
-weights, layer by layer. All over the bare products, packed.
+Ours is the attached model itself (``attach(pack=True)``, and with each of its options); the rivals' kernels run on
+packed weights, layer by layer. All over the bare products, packed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn.functional import linear
 
 import lora_fuse as lf
 from benchmarks.gpu import measure, report
+from benchmarks.gpu.own_ways import OPTIONS
 from benchmarks.gpu.rival_ways import Factors, Problem, Way, settle, ways
 from lora_fuse.adapters.lora import LoraLayer
 
 SCALING, RANK = 0.5, 16
 LIMIT = 4.0  # machine epsilons of the largest result
-AUGMENTED = f"{report.OURS} augmented"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Bench:
             for slot in range(num_slots)
         }
         self.models = {}
-        for name, options in ((report.OURS, {}), (AUGMENTED, {"augment": True})):
+        for name, options in OPTIONS.items():
             model = Decoder(sizes, device, dtype)
             model.load_state_dict(bare.state_dict())
             self.models[name] = lf.attach(model, adapters, num_slots=num_slots, pack=True, **options)
@@ -243,7 +243,7 @@ def run(at: measure.Setting) -> Iterator[dict[str, Any]]:
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made = []
     decode = [r for r in rows if r["rows"] <= 64]
-    for name in (report.OURS, AUGMENTED):
+    for name in OPTIONS:
         most, shape = max(((r["overhead"][name], r["shape"]) for r in decode), default=(None, ""))
         made.append(
             report.target(f"{name}: packed 8B decoder layer, 1-64 rows: most over the linears", 0.10, most, note=shape)

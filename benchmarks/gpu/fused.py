@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu import measure, report
-from benchmarks.gpu.multi_lora import LIMIT, TINY, Case, Shape, routing_of
+from benchmarks.gpu.multi_lora import LIMIT, TINY, Case, Shape
+from benchmarks.gpu.own_ways import routing_of
 
 SHAPES = [Shape("o", 16, t, n) for t, n in ((16, 8), (1, 1), (64, 8), (32, 8), (4, 4), (16, 1))]
 WIDER = [Shape(site, 16, t, min(t, 8)) for site in ("qkv", "down", "gate_up") for t in (16, 1)]
@@ -77,7 +78,7 @@ class Fused:
         weights = [f.weight for f in case.problem.copies]
 
         def in_turn(i: int) -> None:
-            case.ours(linear(case.x, weights[i]), i)
+            case.ways[report.OURS].with_base(case.problem, i)
 
         calls: dict[str, Any] = {"linear": lambda i: linear(case.x, weights[i]), "in turn + base": in_turn}
         calls["no adapter + base"] = lambda i: self.run(self.base, i, "none")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import lora_fuse as lf
 from benchmarks.gpu import measure, report
+from benchmarks.gpu.own_ways import OPTIONS
 from lora_fuse.adapters.lora import LoraLayer
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROWS, RANK, PROMPT, STEPS = 8, 16, 32, 32
-AUGMENTED = f"{report.OURS} augmented"
 
 
 def llama(tiny: bool, dtype: torch.dtype) -> nn.Module:
@@ -61,9 +61,9 @@ def adapters_of(model: nn.Module, number: int, size: float = 1.0) -> dict[str, A
 
 
 def attached(bare: nn.Module, adapters: dict[str, Any]) -> dict[str, nn.Module]:
-    """Packed, and augmented too, with a row for each adapter."""
+    """Packed, and with each of ``attach``'s options, with a row for each adapter."""
     made = {}
-    for name, options in ((report.OURS, {}), (AUGMENTED, {"augment": True})):
+    for name, options in OPTIONS.items():
         made[name] = lf.attach(copy.deepcopy(bare), adapters, pack=True, **options)
         lf.set_adapters(made[name], [str(i % len(adapters)) for i in range(ROWS)])
     return made
@@ -145,7 +145,7 @@ def run(at: measure.Setting) -> list[dict[str, Any]]:
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made = []
-    for name in (report.OURS, AUGMENTED):
+    for name in OPTIONS:
         over = rows[0]["overhead"][name] if rows else None
         made.append(report.target(f"{name}: eager decoding with 8 adapters over the bare model, wall time", 0.05, over))
     return made

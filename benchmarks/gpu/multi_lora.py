@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu import measure, report, rivals
+from benchmarks.gpu.own_ways import AUGMENTED, OVERLAP, own_ways, pool_of, routing_of
 from benchmarks.gpu.rival_ways import Factors, Problem, Way, settle, ways
-from lora_fuse.adapters.pool import AdapterPool
-from lora_fuse.adapters.routing import Routing
-from lora_fuse.functional import multi_lora
 
-SITES = {"o": (4096, 4096), "qkv": (4096, 6144), "gate_up": (4096, 28672), "down": (14336, 4096), "tiny": (64, 96)}
+SITES = {
+    "o": (4096, 4096),
+    "qkv": (4096, 6144),
+    "gate_up": (4096, 28672),
+    "down": (14336, 4096),
+    "tiny": (64, 96),
+    "wide": (64, 400),
+}
 ROWS, ADAPTERS = (1, 4, 16, 64, 256, 1024, 4096), (1, 4, 16, 64)
 SCALING = 0.5
 ROOM = 24 << 30  # bytes that the copies may take
@@ -87,30 +92,6 @@ def grid() -> list[Shape]:
 TINY = [Shape("tiny", 16, 9, 3), Shape("tiny", 32, 12, 2, "half"), Shape("tiny", 32, 10, 3, "zipf", mixed_ranks=True)]
 
 
-def routing_of(slots: list[int], num_slots: int, device: torch.device) -> Routing:
-    made = Routing.from_slots(torch.tensor(slots), num_slots)
-    return Routing(*(None if t is None else t.to(device) for t in made.tensors), made.num_rows)
-
-
-def in_interpreter(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing) -> None:
-    """What the op runs for CUDA tensors, on CPU tensors."""
-    from lora_fuse.kernels.routing import build_tiles
-    from lora_fuse.ops.multi_lora import _cuda_
-
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
-    _cuda_(y, x, *pool.tensors, *routing.tensors, tiles)
-
-
-def pool_of(a: Tensor, b: Tensor, ranks: list[int]) -> AdapterPool:
-    """Slots with these factors, ``[num_slots, max_rank, in]`` and ``[num_slots, out, max_rank]``; A is shared."""
-    num_slots, max_rank, fan_in = a.shape
-    pool = AdapterPool(num_slots, max_rank, fan_in, b.shape[1], a.dtype, torch.device("meta"))
-    pool.pool_a, pool.pool_b = a.view(-1, fan_in), b.mT.reshape(num_slots * max_rank, -1)
-    pool.slot_rank = torch.tensor(ranks, dtype=torch.int32, device=a.device)
-    pool.slot_scaling = torch.full((num_slots,), SCALING, device=a.device)
-    return pool
-
-
 @dataclass
 class Case:
     """A shape with its data, in as many copies as wanted, and the ways to run it."""
@@ -124,8 +105,8 @@ class Case:
         device, shape = measure.device(), self.shape
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # bf16 is wrong in the interpreter
         (fan_in, fan_out), rank, ranks, slots = SITES[shape.site], shape.rank, shape.ranks(), shape.slots()
-        of_factors = shape.adapters * rank * (fan_in + 2 * fan_out)
-        self.copies = max(2, min(self.copies, ROOM // ((fan_in * fan_out + of_factors) * dtype.itemsize)))
+        of_factors = shape.adapters * rank * (2 * fan_in + 2 * fan_out)
+        self.copies = max(2, min(self.copies, ROOM // ((2 * fan_in * fan_out + of_factors) * dtype.itemsize)))
         drawn = partial(torch.randn, device=device, dtype=dtype)
         made = []
         for _ in range(self.copies):
@@ -135,18 +116,12 @@ class Case:
             made.append(Factors(drawn(fan_out, fan_in) / fan_in**0.5, [a], [b], a, b))
         self.x, self.y = drawn(shape.rows, fan_in), drawn(shape.rows, fan_out)
         self.problem = Problem(self.x, slots, ranks, SCALING, (fan_out,), made)
-        self.pools = [pool_of(f.all_a, f.all_b, ranks) for f in made]
+        self.pools = [pool_of(f.all_a, f.all_b, ranks, SCALING) for f in made]
         self.routing = routing_of(slots, shape.adapters, device)
-        self.ways = {report.OURS: Way(self.ours), **ways(self.problem)}
+        self.ways = {**own_ways(self.problem, self.pools, self.routing), **ways(self.problem)}
         used = sum(ranks[slot] for slot in set(slots) - {-1}) * (fan_in + fan_out) * dtype.itemsize
         live = sum(slot >= 0 for slot in slots) / shape.rows
         self.nbytes = used + live * (self.x.nbytes + 2 * self.y.nbytes)  # factors and x once, y read and written
-
-    def ours(self, y: Tensor, i: int) -> None:
-        if y.is_cuda:
-            multi_lora(self.x, self.pools[i], self.routing, out=y)
-        else:
-            in_interpreter(y, self.x, self.pools[i], self.routing)
 
     def want(self, y: Tensor) -> Tensor:
         """``y`` and the first copy's LoRA part, in fp64."""
@@ -169,12 +144,13 @@ class Case:
         whole = self.want(self.x.double() @ self.problem.copies[0].weight.double().t())
         for name, way in list(self.ways.items()):
             try:
-                got = self.y.clone()
-                way.alone(got, 0)
-                measure.require(f"{self.shape}: {name}", got, want, limit)
+                if way.alone is not None:
+                    got = self.y.clone()
+                    way.alone(got, 0)
+                    measure.require(f"{self.shape}: {name}", got, want, limit)
                 measure.require(f"{self.shape}: {name} with the base", way.with_base(self.problem, 0), whole, limit)
             except (Exception, SystemExit) as problem:
-                if name == report.OURS:
+                if name.startswith(report.OURS):
                     raise
                 measure.tell(f"{name} of {self.shape}", problem)
                 del self.ways[name]
@@ -184,7 +160,8 @@ class Case:
         weights = [f.weight for f in self.problem.copies]
         calls: dict[str, Any] = {"linear": lambda i: linear(self.x, weights[i])}
         for name, way in self.ways.items():
-            calls[name] = lambda i, way=way: way.alone(self.y, i)
+            if way.alone is not None:
+                calls[name] = lambda i, way=way: way.alone(self.y, i)
             calls[f"{name} + base"] = lambda i, way=way: way.with_base(self.problem, i)
         rivals_calls = [name for name in calls if not name.startswith((report.OURS, "linear"))]
         us = measure.device_us(calls, self.copies, seconds=0.4, may_fail=rivals_calls)
@@ -254,34 +231,47 @@ def run(at: measure.Setting) -> Iterator[dict[str, Any]]:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the shapes that were measured."""
-    ours, aim = report.OURS, report.target
+    """Of the shapes that were measured; ours the default way, and with each of ``attach``'s options."""
     by = {r["shape"]: r for r in rows}
     many, prefill, peft = by.get(str(MANY)), by.get(str(PREFILL)), [r for r in rows if "peft" in r["us"]]
-    decode = [(by[str(s)]["overhead"][ours], str(s)) for s in DECODE if str(s) in by]
-    most, shape = max(decode, default=(None, ""))
-    made = [
-        aim("o_proj, rank 16, 1-64 rows, up to 8 adapters: most over the linear", 0.22, most, note=shape),
+    decode = [by[str(s)] for s in DECODE if str(s) in by]
+    ours, aim = report.OURS, report.target
+    made = []
+    for way in (ours, OVERLAP, AUGMENTED):
+        most, shape = max(((_of(r, way), r["shape"]) for r in decode), default=(None, ""))
+        what = "o_proj, rank 16, 1-64 rows, up to 8 adapters: most over the linear"
+        made.append(aim(f"{way}: {what}", 0.22, most, note=shape))
+    made += [
         aim("64 rows, 64 adapters: times its byte floor", 1.8, many and many["us"][ours] / many["floor_us"]),
         aim("o_proj, 4096 rows, 8 adapters: over the linear", 0.22, prefill and prefill["overhead"][ours]),
     ]
-    rivals_named = {"vllm tuned": 1.5, "sglang v2": 1.15, "vllm": 1.0, "sglang triton": 1.0, "sglang csgmv": 1.0}
-    for rival, limit in rivals_named.items():
-        both = [r for r in rows if rival in r.get("overhead", {})]
-        ratio = geometric_mean(_over(r, rival) / _over(r, ours) for r in both) if both else None
-        made.append(aim(f"{rival}'s overhead over ours, geometric mean", limit, ratio, True, f"{len(both)} shapes"))
-    raced = [(_against_best(r), r["shape"]) for r in rows if len(r.get("overhead", {})) > 1]
-    least, shape = min(raced, default=(None, ""))
-    made.append(aim("base and LoRA, the best rival's time over ours, worst shape", 0.95, least, True, shape))
+    for way in (ours, OVERLAP, AUGMENTED):
+        for rival, limit in (("vllm tuned", 1.5), ("sglang v2", 1.15)):
+            made.append(_against(rows, rival, way, limit))
+        raced = [(_against_best(r, way), r["shape"]) for r in rows if any(n not in _OWN for n in r["overhead"])]
+        least, shape = min(raced, default=(None, ""))
+        made.append(aim(f"{way}: base and LoRA, the best rival's time over ours, worst", 0.95, least, True, shape))
+    made += [_against(rows, rival, ours, 1.0) for rival in ("vllm", "sglang triton", "sglang csgmv")]
     ratio = geometric_mean(r["us"]["peft"] / r["us"][ours] for r in peft) if peft else None
     return [*made, aim("LoRA part: PEFT's time over ours", 5.0, ratio, True, f"{len(peft)} shapes")]
 
 
-def _over(row: dict[str, Any], way: str) -> float:
-    return max(float(row["overhead"][way]), 1e-3)  # nothing, within the noise
+_OWN = (report.OURS, OVERLAP, AUGMENTED)
 
 
-def _against_best(row: dict[str, Any]) -> float:
-    ends = " + base"
-    best = min(t for n, t in row["us"].items() if n.endswith(ends) and n != report.OURS + ends)
-    return float(best / row["us"][report.OURS + ends])
+def _of(row: dict[str, Any], way: str) -> float:
+    """Its overhead; the default way's where an option does not apply, as ``attach`` has it."""
+    return float(row["overhead"].get(way, row["overhead"][report.OURS]))
+
+
+def _against(rows: list[dict[str, Any]], rival: str, way: str, limit: float) -> dict[str, Any]:
+    both = [r for r in rows if rival in r["overhead"]]
+    # at least 0.1 %: less is within the noise
+    ratios = [max(_of(r, rival), 1e-3) / max(_of(r, way), 1e-3) for r in both]
+    ratio = geometric_mean(ratios) if both else None
+    return report.target(f"{rival}'s overhead over {way}'s, geometric mean", limit, ratio, True, f"{len(both)} shapes")
+
+
+def _against_best(row: dict[str, Any], way: str) -> float:
+    best = min(over for name, over in row["overhead"].items() if name not in _OWN)
+    return (1 + best) / (1 + _of(row, way))

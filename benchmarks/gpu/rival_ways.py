@@ -64,14 +64,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Way:
-    """``alone(y, i)`` adds to ``y`` with the i-th copy; ``whole(i)`` is base and all, if not one after the other."""
+    """``alone(y, i)`` adds to ``y`` with the i-th copy; ``whole(i)`` is base and all, if not one after the other.
 
-    alone: Callable[[Tensor, int], Any]
+    ``alone`` is None where the two cannot be told apart.
+    """
+
+    alone: Callable[[Tensor, int], Any] | None
     whole: Callable[[int], Tensor] | None = None
 
     def with_base(self, problem: Problem, i: int) -> Tensor:
         if self.whole is not None:
             return self.whole(i)
+        assert self.alone is not None
         y = linear(problem.x, problem.copies[i].weight)
         self.alone(y, i)
         return y

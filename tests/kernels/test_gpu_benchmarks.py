@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, measure, multi_lora, report, rival_ways
+from benchmarks.gpu import PARTS, measure, multi_lora, own_ways, report, rival_ways
 from benchmarks.gpu.__main__ import main, run_part
 
 interpreted = pytest.mark.skipif(
@@ -32,7 +32,7 @@ def test_every_part_runs(name):
 
 @interpreted
 def test_a_part_that_is_wrong_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(multi_lora, "in_interpreter", lambda y, *args: y.add_(1e-2))
+    monkeypatch.setattr(own_ways, "in_interpreter", lambda y, *args: y.add_(1e-2))
     with pytest.raises(SystemExit, match="failed: multi_lora"):
         main(["--dry", "--only", "multi_lora", "--quick"])
     said = capsys.readouterr().out
@@ -51,6 +51,36 @@ def test_rivals_that_are_wrong_or_fail_are_told_and_left_out(monkeypatch, capsys
     assert not {"mm loop", "gathered bmm"} & set(case.ways)
     assert "left out: mm loop of tiny" in said
     assert "left out: gathered bmm of tiny" in said
+
+
+def test_the_augmented_way_is_there_and_right():
+    case = multi_lora.Case(multi_lora.Shape("wide", 16, 12, 3, "half"), 1)
+    way = case.ways[own_ways.AUGMENTED]
+    want = case.want(case.x.double() @ case.problem.copies[0].weight.double().t())
+    measure.require("augmented", way.with_base(case.problem, 0), want, 4 * torch.finfo(torch.float16).eps)
+
+
+def test_targets_of_an_option_that_does_not_apply_are_the_default_ways():
+    def row(shape, over):
+        us = {"linear": 100.0, report.OURS: 5.0, **{f"{name} + base": 100 * (1 + o) for name, o in over.items()}}
+        return report.row("multi_lora", str(shape), us, 1e3, 1e12, "linear")
+
+    rows = [
+        row(multi_lora.DECODE[0], {"lora_fuse": 0.2, "lora_fuse overlap": 0.1, "sglang v2": 0.3}),
+        row(multi_lora.DECODE[1], {"lora_fuse": 0.25, "sglang v2": 0.2}),
+    ]
+    told = {aimed["name"]: aimed for aimed in multi_lora.targets(rows)}
+    what = "o_proj, rank 16, 1-64 rows, up to 8 adapters: most over the linear"
+    for name in ("lora_fuse", "lora_fuse overlap"):
+        assert told[f"{name}: {what}"]["measured"] == pytest.approx(0.25)
+        assert told[f"{name}: {what}"]["note"] == str(multi_lora.DECODE[1])
+    ratios = {"lora_fuse": (1.5 * 0.8) ** 0.5, "lora_fuse overlap": (3 * 0.8) ** 0.5}
+    for name, ratio in ratios.items():
+        assert told[f"sglang v2's overhead over {name}'s, geometric mean"]["measured"] == pytest.approx(ratio)
+    worst = told["lora_fuse: base and LoRA, the best rival's time over ours, worst"]
+    assert worst["measured"] == pytest.approx(1.2 / 1.25)
+    assert worst["met"]
+    assert told["LoRA part: PEFT's time over ours"]["met"] is None
 
 
 def test_rows_before_a_failure_are_kept(monkeypatch):
