@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import sparse_launches
+import topk_cases
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +20,13 @@ from torch import Tensor
 
 from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_pool import SparsePool
-from lora_fuse.kernels import sketch
+from lora_fuse.kernels import fused_linear, sketch
+from lora_fuse.kernels.fused_linear_plan import Plan
 from lora_fuse.kernels.routing import build_tiles, sort_slots
+from lora_fuse.kernels.topk_plan import FIELDS
+from lora_fuse.kernels.topk_tables import fills
+from lora_fuse.nn.sparse_site import placed
+from lora_fuse.ops import exchange
 from lora_fuse.ops.expand import _cuda_ as expand
 from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
 from lora_fuse.ops.multi_lora import _cuda_slices_ as slices
@@ -162,7 +169,62 @@ def run_sketch() -> None:
     sketch.normals(3, 1, (2, n, columns_of_q), DEVICE)
 
 
-LAUNCHES: list[Callable[[], None]] = [run_multi_lora, run_slices, run_expand, run_routing, run_sparse_delta, run_sketch]
+def run_fused_linear() -> None:
+    """Base and LoRA in one launch; programs that wait for others, and tiles that two programs share."""
+    small = Plan(16, 1, 16, 32, 1, 64, 4, 3, 4, 2)
+    plans = [small, replace(small, block_m=32, blocks_m=2, block_n=32, splits=2)]
+    for dtype in DTYPES:
+        for rows, chosen in zip((5, 40), plans, strict=True):
+            pool, routing = pool_of(3, 17, 130, 37, dtype), routing_of(rows, 3, rows == 5)
+            tiles = build_tiles(routing[2], routing[0].shape[0])
+            weight, bias = moved(torch.randn(37, 130, dtype=dtype), torch.randn(37, dtype=dtype))
+            x, y = columns(rows, 130, dtype, 3), columns(rows, 37, dtype, 3)
+            (counters,) = moved(torch.zeros(fused_linear.num_counters(37), dtype=torch.int32))
+            fused_linear.launch(y, x, weight, bias, pool.tensors, routing, tiles, counters, chosen).run()
+
+
+def run_exchange() -> None:
+    """A whole tensor and kept entries, as a bitmap and as columns, there and back."""
+    entries = []
+    for density in (None, 0.4, 0.01):
+        weight = torch.randn(19, 301)
+        mask = torch.rand(19, 301) < (density or 2.0)
+        matrix = None if density is None else placed(SparseMatrix.from_mask(weight, mask), DEVICE)
+        weight, own = moved(weight, torch.randn(19, 301)[mask])
+        entries.append(exchange.Entry(matrix, weight, own))
+    made, weights = exchange.Exchange(entries), [entry.weight for entry in entries]
+    room = made.make_room()
+    made.write(weights, room)
+    made.undo(weights, room)
+
+
+def run_topk() -> None:
+    """Lists of every dtype, rows on chip and beyond, thresholds that the sample misses; masks and pruned tensors."""
+    sizes = [(5, 301), (1, 4099)] if DEVICE.type == "cuda" else [(3, 53), (1, 433)]
+    for margin in (topk_cases.SMALL.margin, -30.0):
+        plan = replace(topk_cases.SMALL, margin=margin)
+        for scope in ("tensor", "row", "global"):
+            dtypes = DTYPES[0], DTYPES[-1]
+            xs = moved(*(torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)))
+            minus = moved(*(torch.randn_like(x) for x in xs)) if scope == "tensor" else None
+            form = "mask" if scope == "global" else "dense"
+            topk_cases.run(xs, 0.3, scope, minus, form, guarded=scope == "row", plan=plan)
+    table = torch.zeros(3, len(FIELDS), dtype=torch.int64, device=DEVICE)
+    for launch in fills(table, [[row] * len(FIELDS) for row in range(3)]):  # as they are where a graph is captured
+        launch.run()
+
+
+LAUNCHES: list[Callable[[], None]] = [
+    run_multi_lora,
+    run_slices,
+    run_expand,
+    run_fused_linear,
+    run_routing,
+    run_sparse_delta,
+    run_exchange,
+    run_sketch,
+    run_topk,
+]
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
 
 def watched(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
     """The script under a tool, which looks at the kernels of Triton alone: those whose names are plain."""
-    command = [sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name", "regex=^_[a-z]"]
+    command = [sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name", "regex=^[a-z_]+_kernel$"]
     # each tensor an allocation of its own, so that what lies beside it is nobody's
     alone = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     everything = [*command, sys.executable, str(SCRIPT), *args]
