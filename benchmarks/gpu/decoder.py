@@ -6,6 +6,7 @@ packed weights, layer by layer. All over the bare products, packed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,13 +124,14 @@ class Bench:
             made[site] = Factors(weight, [*a], [*b], torch.cat(a, 1), torch.cat(b, 1))
         return made
 
-    def batch(self, rows: int, adapters: int) -> None:
-        """Rows that fall to the adapters in equal runs, selected in the models too."""
+    @contextlib.contextmanager
+    def batch(self, rows: int, adapters: int) -> Iterator[None]:
+        """Rows that fall to the adapters in equal runs, selected in the models too: a context of its own for each size,
+        since a captured graph ties its context to a number of rows."""
         self.x = torch.randn(rows, self.sizes.hidden, device=self.device, dtype=self.dtype)
         self.wide = torch.randn(rows, self.sizes.wide, device=self.device, dtype=self.dtype)
         self.slots = [row * adapters // rows for row in range(rows)]
-        for model in self.models.values():
-            lf.set_adapters(model, [str(slot) for slot in self.slots])
+        entries = [str(slot) for slot in self.slots]
         self.problems = {
             site: Problem(
                 self.wide if site == "mlp.down" else self.x,
@@ -144,6 +146,10 @@ class Bench:
         by_site = {site: ways(problem) for site, problem in self.problems.items()}
         names = [n for n in by_site["mlp.down"] if n.startswith(("vllm", "sglang"))]
         self.rivals: dict[str, dict[str, Way]] = {n: {site: by_site[site][n] for site in by_site} for n in names}
+        with contextlib.ExitStack() as selected:
+            for model in self.models.values():
+                selected.enter_context(lf.use_adapters(model, entries))
+            yield
 
     def nbytes(self) -> float:
         """What the LoRA parts of one layer must move."""
@@ -205,7 +211,7 @@ class Bench:
 
 def bench() -> tuple[Bench, list[tuple[int, int]]]:
     if measure.device().type == "cpu":
-        return Bench(TINY, 2, torch.float16), [(5, 2)]
+        return Bench(TINY, 2, torch.float16), [(5, 2), (3, 1)]
     return Bench(LLAMA_8B, 8, torch.bfloat16), SHAPES
 
 
@@ -213,16 +219,16 @@ def compile_share(share: slice) -> Iterator[None]:
     """Run all ways of some shapes once, on one layer."""
     of = Bench(replace(LLAMA_8B, layers=1), 8, torch.bfloat16)
     for rows, adapters in SHAPES[share]:
-        of.batch(rows, adapters)
-        of.check()
+        with of.batch(rows, adapters):
+            of.check()
         yield
 
 
 def check() -> None:
     on_card = measure.device().type == "cuda"
     made = Bench(TINY, 2, torch.bfloat16 if on_card else torch.float16)
-    made.batch(5, 2)
-    made.check()
+    with made.batch(5, 2):
+        made.check()
 
 
 def run(at: measure.Setting) -> Iterator[dict[str, Any]]:
@@ -231,9 +237,9 @@ def run(at: measure.Setting) -> Iterator[dict[str, Any]]:
         shape = f"layer r{RANK} T{rows} N{adapters}"
         if at.budget.over(shape):
             continue
-        of.batch(rows, adapters)
-        of.check()
-        us, chosen = of.time()
+        with of.batch(rows, adapters):
+            of.check()
+            us, chosen = of.time()
         about = {"rows": rows, "adapters": adapters, "chosen": chosen}
         found = report.row("decoder", shape, us, of.nbytes(), at.bandwidth, "linear", **about)
         report.show(found)
