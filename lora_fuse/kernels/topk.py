@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_fuse.kernels.launch import Launch, on_device
 from lora_fuse.kernels.topk_plan import BINS, STATE, Plan, RowPlan, batches, key_shift, row_plan, settle_programs
 from lora_fuse.kernels.topk_settle import _cut_kernel, _pick_kernel
-from lora_fuse.kernels.topk_tables import Item, Table, Tables, firsts, items_of
+from lora_fuse.kernels.topk_tables import Item, Table, Tables, classes, firsts, items_of
 from lora_fuse.kernels.topk_threshold import _count_kernel, _sample_kernel
 from lora_fuse.kernels.topk_write import _check_kernel, _rows_kernel, _write_kernel
 
@@ -38,9 +38,7 @@ class Selection:
     shift: int
 
     def run(self) -> None:
-        with on_device(self.flags.device):
-            for launch in self.launches:
-                launch.run()
+        run_all(self.launches, self.flags.device)
 
     def bad_input(self) -> int:
         """The first tensor with NaN, or -1. Waits for the device."""
@@ -156,7 +154,7 @@ class _Making:
                     item.row |= {"buffer": buffer, "sample_base": base}
             size = 1 << max(max(i.row["group_samples"] for i in part) - 1, 0).bit_length()
             own: dict[str, Any] = {"DRAW": plan.draw, "SAMPLE": size}
-            tables = [self.tiled(same) for same in _classes(part)]
+            tables = [self.tiled(same) for same in classes(part)]
             for table in tables:
                 if table.draws:
                     args: tuple[Any, ...] = (self.state, samples, table.count, plan.margin)
@@ -180,7 +178,7 @@ class _Making:
     def whole_rows(self, items: list[Item], form: str, guarded: bool) -> None:
         """Rows that fit on chip: all in one pass, or, guarded, after one that looks for NaN."""
         cuts: list[tuple[Table, RowPlan]] = []
-        for part in _classes(items, lambda i: row_plan(i.row["cols"])):
+        for part in classes(items, lambda i: row_plan(i.row["cols"])):
             cut = row_plan(part[0].row["cols"])
             cuts.append((self.tables.add(part, [-(-i.row["rows"] // cut.rows) for i in part]), cut))
         for table, cut in cuts if guarded else []:
@@ -193,7 +191,7 @@ class _Making:
 
     def write(self, items: list[Item], form: str) -> None:
         """From thresholds to results, of groups that do not fit on chip."""
-        for table in [self.tiled(part) for part in _classes(items)]:
+        for table in [self.tiled(part) for part in classes(items)]:
             args = (self.limits, self.flags, table.count, self.listed)
             own = {"FORM": FORMS.index(form), "TILE": self.plan.tile}
             self.add(_write_kernel, table.programs, table, args, own, 8)
@@ -205,9 +203,7 @@ def _groups(items: Sequence[Item]) -> int:
     return sum(i.row["rows"] for i in items)
 
 
-def _classes(items: Sequence[Item], further: Callable[[Item], Hashable] = lambda _: None) -> list[list[Item]]:
-    """Items that one launch can serve, in their order."""
-    classes: dict[Hashable, list[Item]] = {}
-    for item in items:
-        classes.setdefault((item.dtype, item.aligned, further(item)), []).append(item)
-    return list(classes.values())
+def run_all(launches: Sequence[Launch], device: torch.device) -> None:
+    with on_device(device):
+        for launch in launches:
+            launch.run()

@@ -34,6 +34,13 @@ FIELDS = (  # of a row of the table, one per tensor, int64
     "tensor",  # place in the list
     "first_program",  # of the launch over tiles or rows
     "first_draw",  # program of the launch that samples
+    "height",  # as a matrix of a sparse form
+    "width",
+    "first_part",  # of the parts that its rows are cut into, numbered through the list
+    "values",  # addresses of a sparse form
+    "row_starts",
+    "columns",
+    "bitmap",
 )
 STATE = (  # of a group, int64, all zero at first
     "above",  # counts of the pass over all entries, relative to the bracket
@@ -110,6 +117,12 @@ def row_plan(cols: int) -> RowPlan:
     block = max(32, 1 << (cols - 1).bit_length())
     rows = max(1, 4096 // block)
     return RowPlan(rows, block, rows * block // 512)
+
+
+def part_plan(width: int) -> RowPlan:
+    """Rows and columns of a program that writes a sparse form; wider matrices' rows are cut into parts."""
+    block = min(max(64, 1 << (width - 1).bit_length()), 4096)
+    return RowPlan(4096 // block, block, 8)
 
 
 def key_shift(dtypes: set[str], with_minus: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -42,6 +42,13 @@ def _fill_kernel(
     a20: tl.int64,
     a21: tl.int64,
     a22: tl.int64,
+    a23: tl.int64,
+    a24: tl.int64,
+    a25: tl.int64,
+    a26: tl.int64,
+    a27: tl.int64,
+    a28: tl.int64,
+    a29: tl.int64,
 ):
     tl.store(row + 0, a0)
     tl.store(row + 1, a1)
@@ -66,6 +73,13 @@ def _fill_kernel(
     tl.store(row + 20, a20)
     tl.store(row + 21, a21)
     tl.store(row + 22, a22)
+    tl.store(row + 23, a23)
+    tl.store(row + 24, a24)
+    tl.store(row + 25, a25)
+    tl.store(row + 26, a26)
+    tl.store(row + 27, a27)
+    tl.store(row + 28, a28)
+    tl.store(row + 29, a29)
 
 
 @dataclass
@@ -148,6 +162,14 @@ def _share_one_group(items: list[Item], plan: Plan) -> None:
 
 def firsts(sizes: Sequence[int]) -> list[int]:
     return list(accumulate(sizes, initial=0))[:-1]
+
+
+def classes(items: Sequence[Item], further: Callable[[Item], Hashable] = lambda _: None) -> list[list[Item]]:
+    """Items that one launch can serve, in their order."""
+    found: dict[Hashable, list[Item]] = {}
+    for item in items:
+        found.setdefault((item.dtype, item.aligned, further(item)), []).append(item)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

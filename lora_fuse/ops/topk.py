@@ -268,11 +268,43 @@ class _Call:
             [_flat(t) for t in self.xs], flat_minus, self.shapes, self.scope, self.ks, form, flat_outs, guarded
         )
         made.run()
+        self.look_for_nan(made)
+
+    def look_for_nan(self, made: Any) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         bad = made.bad_input()
         if bad >= 0:
             self.refuse_nan(bad)
+
+    def matrices_on_gpu(self, own: bool) -> list[SparseMatrix]:
+        """Without the dense result; how many entries a tensor keeps is read back only where it hangs on the data."""
+        from lora_fuse.kernels import topk, topk_sparse
+
+        flat_minus = None if self.minus is None else [_flat(t) for t in self.minus]
+        made = topk.select([_flat(t) for t in self.xs], flat_minus, self.shapes, self.scope, self.ks)
+        made.run()
+        compact = topk_sparse.Compact(made, self.shapes, self.scope)
+        compact.count()
+        there = [item.row["tensor"] for item in made.items]
+        kept = [0] * len(self.xs)
+        if self.scope == "global":
+            self.look_for_nan(made)
+            for i, n in zip(there, compact.kept(), strict=True):
+                kept[i] = n
+        else:
+            for i in there:
+                kept[i] = self.ks[i] * (self.shapes[i][0] if self.scope == "row" else 1)
+        parts = [
+            topk_sparse.Parts(*_room(t.dtype, rows, cols, n, t.device))
+            for t, (rows, cols), n in zip(self.xs, self.shapes, kept, strict=True)
+        ]
+        for t, part in zip(self.xs, parts, strict=True):
+            if t.numel() == 0:
+                part.row_starts.zero_()
+        compact.write([parts[i] for i in there], own)
+        self.look_for_nan(made)
+        return [SparseMatrix(*part, cols) for part, (_, cols) in zip(parts, self.shapes, strict=True)]
 
     def masks(self) -> list[Tensor]:
         if self.xs and self.by_gpu_kernel:
@@ -311,12 +343,13 @@ class _Call:
             out.copy_(result)
 
     def matrices(self, own: bool) -> list[SparseMatrix]:
+        if self.xs and self.by_gpu_kernel:
+            return self.matrices_on_gpu(own)
         if not self.by_kernel:
-            masks = self.masks()
-            dense = self.xs if own else [_masked(*a) for a in zip(masks, self.xs, self.subtracted(), strict=True)]
+            dense = self.xs if own else self.composite_pruned()
             return [
                 SparseMatrix.from_mask(t.detach().reshape(shape), mask.view(shape))
-                for t, mask, shape in zip(dense, masks, self.shapes, strict=True)
+                for t, mask, shape in zip(dense, self.composite_masks(), self.shapes, strict=True)
             ]
         selection = self.select()
         parts = [
@@ -381,14 +414,17 @@ def _largest(size: Tensor, k: int) -> Tensor:
     return torch.zeros(size.shape, dtype=torch.bool, device=size.device).scatter_(1, order, True)
 
 
-def _room(dtype: torch.dtype, rows: int, cols: int, kept: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _room(
+    dtype: torch.dtype, rows: int, cols: int, kept: int, on: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What a ``SparseMatrix`` with ``kept`` entries is made of, not yet filled in."""
     columns = bitmap = None
     if bitmap_is_smaller(rows, cols, kept):
-        bitmap = torch.empty(rows, -(-cols // 64) * 8, dtype=torch.uint8)
+        bitmap = torch.empty(rows, -(-cols // 64) * 8, dtype=torch.uint8, device=on)
     else:
-        columns = torch.empty(kept, dtype=column_dtype(cols))
-    return torch.empty(kept, dtype=dtype), torch.empty(rows + 1, dtype=torch.int64), columns, bitmap
+        columns = torch.empty(kept, dtype=column_dtype(cols), device=on)
+    starts = torch.empty(rows + 1, dtype=torch.int64, device=on)
+    return torch.empty(kept, dtype=dtype, device=on), starts, columns, bitmap
 
 
 def _eager(call: Callable[[], _T]) -> _T:

@@ -12,11 +12,14 @@ import triton
 from aot import TARGETS, compiled, resources
 
 from lora_fuse.kernels.topk import select
+from lora_fuse.kernels.topk_sparse import Compact, Parts
 
 CASES = [  # dtypes, shape, scope, form, minus
     pytest.param(["bfloat16"], (4096, 4096), "tensor", "mask", False, id="bf16-mask"),
     pytest.param(["float32"], (4096, 4096), "tensor", "dense", True, id="fp32-pruned-difference"),
-    pytest.param(["float16", "float32"], (4096, 4096), "global", "dense", False, id="mixed-global"),
+    pytest.param(
+        ["float16", "float32"], (4096, 4096), "global", "dense", False, id="mixed-global", marks=pytest.mark.slow
+    ),
     pytest.param(["float32"], (4096, 4096), "row", "dense", False, id="fp32-rows"),
     pytest.param(["bfloat16"], (4096, 8192), "row", "mask", True, id="bf16-rows-difference"),
 ]
@@ -70,6 +73,23 @@ def test_kernels_fit_the_device(name, dtypes, shape, scope, form, with_minus, tm
                 assert max(stores) >= (16 if target.backend == "cuda" else 8), kernel
             elif target.backend == "cuda":  # collected keys lie anywhere
                 assert max(stores, default=0) <= 8, kernel
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "scope", "form"), [("bfloat16", "tensor", "columns"), ("float32", "row", "bitmap")])
+def test_compact_forms_fit_the_device(name, dtype, scope, form, tmp_path, own_cache):
+    target, shared = TARGETS[name]
+    x = torch.empty(4096, 4096, dtype=getattr(torch, dtype), device="meta")
+    made = select([x], [x], [(4096, 4096)], scope, [400], backend=target.backend)
+    compact = Compact(made, [(4096, 4096)], scope)
+    starts = torch.empty(4097, dtype=torch.int64, device="meta")
+    compact.ends = starts
+    places = starts.short().view(torch.uint16) if form == "columns" else None
+    parts = Parts(x.view(-1), starts, places, None if form == "columns" else starts.byte())
+    for launch in (*compact.counting(), *compact.writing([parts], False)):
+        found = resources(compiled(launch, target), target, tmp_path)
+        assert found.spilled == 0, launch.kernel.__name__
+        assert found.shared <= shared, launch.kernel.__name__
 
 
 def accesses(built, target, scratch: Path) -> tuple[set[int], set[int]]:

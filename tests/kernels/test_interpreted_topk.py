@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from topk_cases import INF, KINDS, SHAPES, SMALL, check, run
+from topk_cases import INF, KINDS, SHAPES, SMALL, bits, check, run
 
-from lora_fuse.functional import magnitude_prune, topk_mask
+from lora_fuse.functional import magnitude_prune, sparsify, topk_mask
 from lora_fuse.kernels.topk_plan import FIELDS, Plan
 from lora_fuse.kernels.topk_tables import fills
 from lora_fuse.ops.topk import KERNEL_DTYPES, SCOPES, _Call
@@ -49,7 +49,7 @@ def test_ties_beyond_what_one_program_picks_from():
     """fp32 entries with the few values of a coarser type: a bin holds one value many times, or some."""
     x = torch.randn(3000).bfloat16().float()
     x[::3] = (x[::3] * 256).round() / 256
-    check([x], 0.3, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 256}))
+    check([x], 0.3, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 256}))  # 16: more are in the bin
     check([torch.rand(900) * 1e-3 + 1], 0.5, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 0}))
 
 
@@ -122,6 +122,32 @@ class TestTheOp:
         want = magnitude_prune(x, 0.3, minus=minus)
         assert all(torch.equal(y, want) for y in (got[1], strided, out))
 
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_sparse_forms_are_the_cpus(self, scope, monkeypatch):
+        xs = [torch.randn(3, 130), torch.randn(2, 5000).bfloat16(), torch.zeros(3, 0), torch.randn(2, 3, 7).half()]
+        minus = [torch.randn_like(x) for x in xs]
+        calls = [(0.4, None, "difference"), (0.02, minus, "difference"), (0.02, minus, "x")]
+        got = [sparsify(xs, d, scope, minus=m, values=v) for d, m, v in calls]
+        monkeypatch.undo()
+        forms = set()
+        for matrices, (d, m, v) in zip(got, calls, strict=True):
+            for ours, theirs in zip(matrices, sparsify(xs, d, scope, minus=m, values=v), strict=True):
+                ours.check("ours")
+                forms.add(None if ours.columns is None else ours.columns.dtype)
+                assert torch.equal(bits(ours.values), bits(theirs.values))
+                for a, b in ((ours.row_starts, theirs.row_starts), (ours.columns, theirs.columns)):
+                    assert a is None if b is None else torch.equal(a, b)
+                assert ours.bitmap is None if theirs.bitmap is None else torch.equal(ours.bitmap, theirs.bitmap)
+        assert forms == {None, torch.uint16}
+
+    def test_columns_of_wide_matrices(self, monkeypatch):
+        x = torch.zeros(1, 66_000)
+        x[0, ::220] = torch.randn(300)
+        got = sparsify(x, 0.001)
+        monkeypatch.undo()
+        assert got.columns.dtype == torch.int32
+        assert torch.equal(got.columns, sparsify(x, 0.001).columns)
+
     def test_errors_are_the_cpus(self):
         x = torch.randn(4, 5)
         x[3, 4] = float("nan")
@@ -131,6 +157,9 @@ class TestTheOp:
         with pytest.raises(ValueError, match=r"^x: has NaN entries$"):
             magnitude_prune(x, 0.5, out=out)
         assert bool((out == 1).all())
+        for scope in SCOPES:
+            with pytest.raises(ValueError, match=r"^x: has NaN entries$"):
+                sparsify(x, 0.5, scope)
 
 
 def test_tables_are_written_by_launches_too():
