@@ -15,7 +15,14 @@ from torch import Tensor
 
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
-from lora_fuse.ops.multi_lora import KERNEL_DTYPES, RoutingTensors, add_slots, check_devices, check_routing
+from lora_fuse.ops.multi_lora import (
+    KERNEL_DTYPES,
+    RoutingTensors,
+    add_slots,
+    check_devices,
+    check_routing,
+    rows_overlap,
+)
 
 _ROUTING = "Tensor rows, Tensor? weights, Tensor segment_starts, Tensor? row_starts, Tensor? row_pairs"
 # pools: pool_b, slot_rank, slot_scaling of each slice; starts: its first column in out
@@ -94,16 +101,17 @@ def _cuda_(out: Tensor, h: Tensor, pools: list[Tensor], starts: list[int], *args
     from lora_fuse.kernels.multi_lora import Slice, expand_  # triton, only where there is a device for it
 
     made = [Slice(pool[0], *pool, start) for (_, _, pool), start in zip(slices, starts, strict=True)]
-    expand_(_rows_of("out", out), _rows_of("h", h), made, routing, tiles, operands, _READY)
+    expand_(_rows_of("out", out, True), _rows_of("h", h), made, routing, tiles, operands, _READY)
 
 
-def _rows_of(name: str, t: Tensor) -> Tensor:
+def _rows_of(name: str, t: Tensor, written: bool = False) -> Tensor:
     """``[num_rows, columns]`` of the same memory."""
     try:
         flat = t.view(t.shape[:-1].numel(), t.shape[-1])
     except RuntimeError:
         flat = None
-    if flat is None or t.is_neg() or (flat.stride(1) != 1 and flat.shape[1] > 1):
+    strided = flat is not None and (flat.stride(1) == 1 or flat.shape[1] < 2)
+    if flat is None or not strided or t.is_neg() or (written and rows_overlap(flat)):
         raise ValueError(
             f"{name}: shape {list(t.shape)}, strides {t.stride()}; accepted are unit stride in the last dimension and "
             "one stride between rows"

@@ -101,7 +101,7 @@ def _launch(
         y = out.view(rows, out.shape[-1])
     except RuntimeError:
         y = None
-    if y is None or (y.stride(1) != 1 and y.shape[1] > 1):
+    if y is None or (y.stride(1) != 1 and y.shape[1] > 1) or rows_overlap(y):
         raise ValueError(
             f"out: shape {list(out.shape)}, strides {out.stride()}; accepted are unit stride in the last dimension and "
             "one stride between rows"
@@ -113,6 +113,11 @@ def _launch(
 
     multi_lora_(y, flat, [Slice(*pool, start) for pool, start in slices], routing, tiles, operands, ready)
     return True
+
+
+def rows_overlap(y: Tensor) -> bool:
+    """Whether rows of ``y [rows, columns]`` lie in each other's memory, as those of an expanded tensor do."""
+    return y.shape[0] > 1 and y.stride(0) < y.shape[1]
 
 
 def _slices(out: Tensor, pools: list[Tensor], starts: list[int]) -> list[tuple[Tensor, PoolTensors]]:

@@ -195,6 +195,7 @@ class TestTheOp:
             ("out: shape .* accepted are unit stride", (torch.zeros(2, 10, 3).transpose(1, 2), self.x)),
             ("out: shape .* one stride between rows", (torch.zeros(3, 2, 10).transpose(0, 1), self.x)),
             ("x, out: have 23 and 10 features", (out, self.x[..., :23])),
+            ("out: shape .* one stride between rows", (torch.zeros(1, 1, 10).expand(2, 3, 10), self.x)),
             ("different numbers of rows", (out, self.x[:1])),
             ("dtypes", (out.half(), self.x)),
             ("on meta", (out, self.x, None, self.tiles.to("meta"))),

@@ -97,6 +97,7 @@ def test_the_op():
     for match, given in [
         ("out: shape .* unit stride", (torch.zeros(20, 6).t(), h)),
         ("h: shape .* one stride between rows", (out.unflatten(0, (2, 3)), h.unflatten(0, (3, 2)).transpose(0, 1))),
+        ("out: shape .* one stride between rows", (torch.zeros(1, 20).expand(6, 20), h)),
         ("h: has 11 columns", (out, h[:, 1:])),
     ]:
         with pytest.raises(ValueError, match=match):
