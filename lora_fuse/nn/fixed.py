@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.slab import SlabLayout
+from lora_fuse.nn.capture import stream_of
 from lora_fuse.nn.selection import Selection, Snapshot, adapters_of, without_gone
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def private_slab(
     serving: Serving, snapshot: Snapshot, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str
 ) -> Slab:
     """One of the form that a captured forward reads, for its warm-up; nobody rewrites it."""
-    cache, key = snapshot.cache(seq), ("slab", shape, device)
+    cache, key = snapshot.cache(seq), ("slab", shape, device, stream_of(device))
     found: Slab | None = cache.get(key)
     if found is None:
         layout, lead = serving.slab_layout(shape), snapshot.lead(shape, seq, path)

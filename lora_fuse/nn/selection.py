@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.slab import SlabLayout
-from lora_fuse.nn.capture import mode_of
+from lora_fuse.nn.capture import mode_of, stream_of
 from lora_fuse.nn.leases import SlotLease
 from lora_fuse.ops.eager import passing_tensors
 
@@ -251,8 +251,8 @@ class Snapshot:
     def cache(self, seq: int | None) -> dict[Any, Any]:
         """Routings built so far for forwards of this sequence length (None: not known); None: no row has an adapter.
 
-        Keys are leading dimensions on the CPU (csrc/bindings.cpp looks there), ``(dimensions, device)`` elsewhere, and
-        other forms start with a word.
+        Keys are leading dimensions on the CPU and ``(dimensions, device)`` elsewhere (csrc/bindings.cpp looks there);
+        other forms start with a word. What a side stream builds is for it alone: nothing orders other streams after it.
         """
         cache = self.caches.get(seq)
         if cache is None:
@@ -303,7 +303,9 @@ class Snapshot:
             ValueError: see ``lead``.
         """
         cache = self.cache(seq)
-        key = shape if device.type == "cpu" else (shape, device)
+        key: Any = shape if device.type == "cpu" else (shape, device)
+        if (stream := stream_of(device)) != 0:
+            key = ("stream", *key, stream)
         routing: Routing | None = cache.get(key)
         if routing is None:
             if not self.base:
@@ -315,7 +317,7 @@ class Snapshot:
 
     def explicit_routing(self, shape: tuple[int, ...], device: torch.device, seq: int | None, path: str) -> Routing:
         """The same with no field None and no None for base: compiled code wants one form."""
-        cache, key = self.cache(seq), ("explicit", shape, device)
+        cache, key = self.cache(seq), ("explicit", shape, device, stream_of(device))
         routing: Routing | None = cache.get(key)
         if routing is None:
             with torch.inference_mode(False), torch.no_grad():

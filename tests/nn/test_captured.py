@@ -233,6 +233,21 @@ def test_warm_ups_keep_their_own_routing_for_the_backward(model: Any, bare: Mlp,
         close(x.grad[i : i + 1], row.grad)  # type: ignore[index,arg-type]
 
 
+@pytest.mark.parametrize("mode", ["warm", "gpu"])
+def test_what_a_stream_builds_is_for_that_stream(mode: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of another stream might read a routing before it is written."""
+    lf.set_adapters(model, ["a", None])
+    device, read = model.up.weight.device, []
+    for stream in (0, 7, 8, 7):
+        for module in ("capture", "fixed", "selection"):
+            monkeypatch.setattr(f"lora_fuse.nn.{module}.stream_of", lambda device, stream=stream: stream)
+        with torch.no_grad(), capture.simulate(mode):
+            model(torch.randn(2, 24))
+            read.append(model.up.lora_serving.routing((2,), device, "up"))
+    assert len({id(routing) for routing in read}) == 3
+    assert read[1] is read[3]
+
+
 def test_a_warm_up_may_mix_more_than_a_capture(bare: Mlp, adapters: Any) -> None:
     model = lf.attach(copy.deepcopy(bare), adapters, max_pairs=1)
     entry = {"a": 0.5, "b": 1.0}
