@@ -9,6 +9,7 @@ The pools' A rows may lie behind the weights, see augmented.py; a layer without 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +150,8 @@ class Pack:
             self.dissolve()
             return None
         if single or waiting is None:
-            return self._compute(self._run(0, 1), layer, x)[0]
+            run = self._run(0, 1)
+            return None if run is None else self._compute(run, layer, x)[0]
         before = waiting.get(self)
         if before is not None:
             y = before.take(index, x)
@@ -162,9 +164,10 @@ class Pack:
             del waiting[self]
             self.settle(before)
         start, end = self.spans[index]
-        if end - start == 1:
+        run = self._run(start, end) if end - start > 1 else None
+        if run is None:
             return None
-        outputs: list[Tensor | None] = [*self._compute(self._run(start, end), layer, x)]
+        outputs: list[Tensor | None] = [*self._compute(run, layer, x)]
         y, outputs[index - start] = outputs[index - start], None
         waiting[self] = Waiting(index, start, outputs, x, self.trusted)
         return y
@@ -180,18 +183,22 @@ class Pack:
 
     def beside(self, first: int) -> Beside | None:
         """What the neighbours from ``first`` on multiply by, if their A lies behind their weights."""
-        return self._run(first, len(self.sizes)).beside if self.live and self.weight is not None else None
+        run = self._run(first, len(self.sizes)) if self.live else None
+        return None if run is None else run.beside
 
-    def _run(self, start: int, end: int) -> Run:
+    def _run(self, start: int, end: int) -> Run | None:
+        """None: another thread took the pack apart just now."""
         runs = self._runs  # this very dict: one that is replaced meanwhile must not get what the old pools say
         run = runs.get((start, end))
         if run is None:
-            assert self.weight is not None
+            weight, packed_bias = self.weight, self.bias
+            if weight is None:
+                return None
             first, sizes, pools = sum(self.sizes[:start]), [*self.sizes[start:end]], self.pools[start:end]
             rows = slice(first, first + sum(sizes))
             parts = tuple((None if p is None else p._buffers, size) for p, size in zip(pools, sizes, strict=True))
-            bias = None if self.bias is None else self.bias[rows]
-            run = Run(self.weight[rows], bias, sizes, pools, parts, self._beside(start, end, first))
+            bias = None if packed_bias is None else packed_bias[rows]
+            run = Run(weight[rows], bias, sizes, pools, parts, self._beside(start, end, first))
             runs[start, end] = run
         return run
 
@@ -237,9 +244,9 @@ class Pack:
 
 
 def _own(p: nn.Parameter) -> nn.Parameter:
-    copy = nn.Parameter(p.detach().clone(), p.requires_grad)
-    copy.__dict__.update(p.__dict__)
-    return copy
+    own = nn.Parameter(p.detach().clone(), p.requires_grad)
+    own.__dict__.update(p.__dict__)
+    return own
 
 
 class PackedLinear(MultiLoRALinear):
@@ -267,6 +274,13 @@ class PackedLinear(MultiLoRALinear):
             pack.forget()
             self.lora_serving.repack = True
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        # Parameters copy what they show, not what lies under it, and stay those that an optimizer's copy refers to.
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)

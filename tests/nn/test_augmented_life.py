@@ -135,6 +135,15 @@ def test_copies_are_models_of_their_own(how: str, pack: bool, tmp_path: Path, wi
 
 
 @BOTH
+def test_a_copy_keeps_what_an_optimizer_refers_to(pack: bool) -> None:
+    _, _, model = block(pack)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other, copied = copy.deepcopy((model, optimizer))
+    assert {*other.parameters()} == {*copied.param_groups[0]["params"]}
+    assert not {*other.parameters()} & {*model.parameters()}
+
+
+@BOTH
 def test_moves_and_casts_are_laid_out_again(pack: bool, wide: list[Any]) -> None:
     bare, adapters, model = block(pack)
     plain = lf.attach(copy.deepcopy(bare), adapters, num_slots=2)

@@ -276,3 +276,19 @@ def test_a_failing_attach_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(storages(bare).values())) == len(want)
     assert all(torch.equal(t, want[name]) and type(m) is nn.Linear
                for m in bare.children() for name, t in bare.state_dict().items())  # fmt: skip
+
+
+def test_a_pack_that_comes_apart_under_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """add_adapter takes packs apart while other threads may be anywhere in a forward."""
+    bare, adapters, model = block()
+    x, real = torch.randn(4, 24), Pack.holds
+
+    def holds_for_the_last_time(self: Pack, index: int, layer: Any) -> bool:
+        held = real(self, index, layer)
+        self.dissolve()
+        return held
+
+    monkeypatch.setattr(Pack, "holds", holds_for_the_last_time)
+    with torch.no_grad(), lf.use_adapters(model, ENTRIES):
+        close(model(x), per_row(bare, adapters, ENTRIES, x))
+    assert not any(info.packed for info in lf.adapters(model).values())
