@@ -3,8 +3,10 @@
 import sys
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+
+ParallelCompile().install()  # the units side by side, on all cores
 
 flags = [
     "-O3",
