@@ -60,7 +60,7 @@ def select(
 ) -> Selection:
     """The launches of a call.
 
-    Beyond the results there is room for collected keys (a 16th of the entries, and 64 MB at most unless a single group
+    Beyond the results there is room for collected keys (a 12th of the entries, and 100 MB at most unless a single group
     needs more), 1.2 KB per group and 16 bytes per tile of 4096 entries; none for what fits on chip.
 
     Args:
@@ -132,6 +132,8 @@ class _Making:
         if not items:
             return
         plan = self.plan
+        if not self.is_global:
+            items = [run for item in items for run in item.by_rows(max(1, plan.pool // item.row["room"]))]
         tiles = sum(i.row["rows"] * i.row["tiles"] for i in items)
         of_tiles = torch.empty(4, tiles, dtype=torch.int32, device=self.device)
         places, counts, at_ends = of_tiles[:3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -99,8 +99,19 @@ class Item:
     @property
     def aligned(self) -> bool:
         """Whether all rows begin at multiples of 16 bytes, and, where rows are read whole, also end there."""
-        addresses = all(t is None or t.data_ptr() % 16 == 0 for t in (self.x, self.minus, self.out))
+        addresses = all(self.row[name] % 16 == 0 for name in ("x", "minus", "out"))
         return addresses and (self.row["cols"] % 16 == 0 or (self.row["rows"] == 1 and not self.on_chip))
+
+    def by_rows(self, most: int) -> list[Item]:
+        """Itself as runs of at most so many rows, each of which has a threshold of its own."""
+        runs, (rows, cols, tiles) = [], (self.row[name] for name in ("rows", "cols", "tiles"))
+        for first in range(0, rows, most):
+            own = self.row | {"rows": min(most, rows - first)}
+            own |= {"group": own["group"] + first, "first_tile": own["first_tile"] + first * tiles}
+            for name, t in (("x", self.x), ("minus", self.minus)):
+                own[name] += 0 if t is None else first * cols * t.element_size()
+            runs.append(replace(self, row=own))
+        return runs
 
 
 def items_of(

@@ -112,17 +112,26 @@ def _sample_kernel(
         far = tl.ceil(share * size + error).to(tl.int32)
         near = tl.floor(share * size - error).to(tl.int32)
         top: tl.constexpr = INFINITY >> KEY_SHIFT
-        low, low_end, high, high_end = 0, top, 0, top
-        for _step in range(17):  # both at once, a part in 500 is enough; the counts fit into half an integer each
+        slack = (of_group // 512).to(tl.int32)  # samples that may lie inside on either side beyond what they have to
+        low, low_end, reach_low = 0, top, of_group.to(tl.int32)
+        high, high_end, above_high = 0, top, 0
+        # Until few enough are inside, or, where entries have the same few values, the ends are such values.
+        while ((low < low_end) & (reach_low - far > slack)) | ((high < high_end) & (near - above_high > slack)):
             low_mid = low + ((low_end - low + 1) >> 1)
             high_mid = high + ((high_end - high + 1) >> 1)
             counts = tl.sum((keys >= low_mid).to(tl.int32) + ((keys >= high_mid).to(tl.int32) << 16))
-            enough = (counts & 0xFFFF) >= far
-            low = tl.where(enough, low_mid, low)
-            low_end = tl.where(enough, low_end, low_mid - 1)
-            enough = (counts >> 16) >= near
-            high = tl.where(enough, high_mid, high)
-            high_end = tl.where(enough, high_end, high_mid - 1)
+            reached = counts & 0xFFFF
+            low, low_end, reach_low = (
+                tl.where(reached >= far, low_mid, low),
+                tl.where(reached >= far, low_end, low_mid - 1),
+                tl.where(reached >= far, reached, reach_low),
+            )
+            reached = counts >> 16
+            high, high_end, above_high = (
+                tl.where(reached >= near, high_mid, high),
+                tl.where(reached >= near, high_end, high_mid - 1),
+                tl.where(reached >= near, above_high, reached),
+            )
         low = tl.where(far < of_group, low, -1)
         high = tl.where(near >= 1, high_end, top)
         tl.store(at_state + LOW, low + 1)

@@ -8,8 +8,10 @@ import torch
 from topk_cases import INF, KINDS, SHAPES, SMALL, bits, check, run
 
 from lora_fuse.functional import magnitude_prune, sparsify, topk_mask
-from lora_fuse.kernels.topk_plan import FIELDS, Plan
-from lora_fuse.kernels.topk_tables import fills
+from lora_fuse.kernels.topk import select
+from lora_fuse.kernels.topk_plan import FAILED, FIELDS, STATE, Plan
+from lora_fuse.kernels.topk_settle import _pick_kernel
+from lora_fuse.kernels.topk_tables import fills, items_of
 from lora_fuse.ops.topk import KERNEL_DTYPES, SCOPES, _Call
 
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in KERNEL_DTYPES]
@@ -51,6 +53,42 @@ def test_ties_beyond_what_one_program_picks_from():
     x[::3] = (x[::3] * 256).round() / 256
     check([x], 0.3, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 256}))  # 16: more are in the bin
     check([torch.rand(900) * 1e-3 + 1], 0.5, "tensor", plan=Plan(**{**vars(SMALL), "pick": 16, "samples": 0}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda n: torch.randint(0, 2, (n,)) * 2.0 - 1,
+        lambda n: 1 + 1e-3 * torch.rand(n),
+        lambda n: (torch.randn(n) * 2).round().clamp(-7, 7) * 0.013,
+        lambda n: torch.randn(n),
+    ],
+    ids=["two", "close", "four bits", "normal"],
+)
+def test_few_values_and_close_ones_are_bracketed_too(values):
+    """fp32 entries of which many are equal, or differ in their last bits: one program never has to search for all."""
+
+    class Narrow(Plan):
+        def room(self, entries: int) -> int:
+            return entries // 2
+
+    plan = Narrow(**{**vars(SMALL), "samples": 512, "draw": 512})
+    made = select([values(3000)], None, [(1, 3000)], "tensor", [1000], plan=plan)
+    made.run()
+    state = next(launch.args[1] for launch in made.launches if launch.kernel is _pick_kernel)
+    assert state[STATE.index("status")] != FAILED
+
+
+def test_rows_go_in_batches():
+    """Room for what is collected is for so many rows at a time as it takes, whatever the tensor's number of rows."""
+    x, minus = torch.randn(7, 300), torch.randn(7, 300)
+    check([x, x.half()[:2]], 0.3, "row", [minus, minus.half()[:2]], "dense", SMALL)
+    shapes, ks = [(5000, 9000)], [900]
+    made = select([torch.empty(shapes[0], device="meta")], None, shapes, "row", ks)
+    found = {launch.kernel: launch.args[3] for launch in made.launches}[_pick_kernel]
+    assert found.shape[0] <= Plan().pool
+    (item,) = items_of([torch.zeros(3, 9001)], None, [(3, 9001)], "row", [900], None, Plan())
+    assert [run.aligned for run in item.by_rows(1)] == [True, False, False]
 
 
 def test_the_shipped_plan():
