@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fuse.kernels.launch import Launch
+from lora_fuse.kernels.launch import Launch, compile_all
 from lora_fuse.kernels.topk_plan import DTYPES, FIELDS, Plan, share
 
 
@@ -241,6 +242,8 @@ class Tables:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.tensor = torch.empty(size, dtype=torch.int64, device=self.device)
             return fills(self.tensor, self.numbers)
+        if self.device.type == "cuda":
+            _load_fills(self.device)
         host = torch.tensor(self.numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.tensor = host.to(self.device, non_blocking=True)
         return []
@@ -248,6 +251,12 @@ class Tables:
     def __getitem__(self, table: Table) -> Tensor:
         assert self.tensor is not None
         return self.tensor[table.begin : table.begin + table.count]
+
+
+@cache
+def _load_fills(device: torch.device) -> None:
+    """Captures launch this kernel, warm-ups do not; and a capture cannot load one."""
+    compile_all(fills(torch.empty(2, len(FIELDS), dtype=torch.int64, device=device), [[0] * len(FIELDS)] * 2), device)
 
 
 def fills(tensor: Tensor, numbers: Sequence[Sequence[int]]) -> list[Launch]:
