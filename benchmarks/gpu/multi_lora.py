@@ -89,7 +89,12 @@ def grid() -> list[Shape]:
     return list(dict.fromkeys(made))
 
 
-TINY = [Shape("tiny", 16, 9, 3), Shape("tiny", 32, 12, 2, "half"), Shape("tiny", 32, 10, 3, "zipf", mixed_ranks=True)]
+TINY = [
+    Shape("tiny", 16, 9, 3),
+    Shape("tiny", 16, 1, 1),
+    Shape("tiny", 32, 12, 2, "half"),
+    Shape("tiny", 32, 10, 3, "zipf", mixed_ranks=True),
+]
 
 
 @dataclass

@@ -28,7 +28,7 @@ def pool_of(a: Tensor, b: Tensor, ranks: list[int], scaling: float) -> AdapterPo
     """Slots with these factors, ``[num_slots, max_rank, in]`` and ``[num_slots, out, max_rank]``; A is shared."""
     num_slots, max_rank, fan_in = a.shape
     pool = AdapterPool(num_slots, max_rank, fan_in, b.shape[1], a.dtype, torch.device("meta"))
-    pool.pool_a, pool.pool_b = a.view(-1, fan_in), b.mT.reshape(num_slots * max_rank, -1)
+    pool.pool_a, pool.pool_b = a.view(-1, fan_in), b.mT.contiguous().view(num_slots * max_rank, -1)
     pool.slot_rank = torch.tensor(ranks, dtype=torch.int32, device=a.device)
     pool.slot_scaling = torch.full((num_slots,), scaling, device=a.device)
     return pool
