@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,27 +13,13 @@ from torch import nn
 from lora_fuse.adapters.joint_adapter import JointAdapter
 from lora_fuse.adapters.load import load_adapter
 from lora_fuse.adapters.lora import LoraAdapter
-from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_adapter import SparseAdapter
 from lora_fuse.adapters.sparse_files import load_sparse_adapter, sparse_folder
 from lora_fuse.nn import bypass, generate, heads, packing
-from lora_fuse.nn.attachment import (
-    AttachedAdapter,
-    Attachment,
-    Begin,
-    End,
-    attachment_of,
-    needs_of,
-    outgrows,
-    structure_of,
-    unwrap,
-)
-from lora_fuse.nn.linear import AdaptedModule, original_class
-from lora_fuse.nn.packed import PackedLinear
-from lora_fuse.nn.plan import Adapter, Plan, plan
+from lora_fuse.nn.attachment import Attachment, Begin, End, attachment_of, needs_of, outgrows, structure_of, unwrap
+from lora_fuse.nn.install import describe, dissolve_packs, fill, install, install_packs, make_parts, restore
+from lora_fuse.nn.plan import Adapter, plan
 from lora_fuse.nn.serving import Serving
-from lora_fuse.nn.sparse_plan import make_slots
-from lora_fuse.nn.sparse_site import SiteSlots, SparseSite, sparse_class
 from lora_fuse.nn.switch import refuse_while_switched, undo_switch
 
 _WAIT_SECONDS = 5.0
@@ -149,10 +134,10 @@ def attach(
     with torch.inference_mode(False), torch.no_grad():
         planned = plan(model, loaded, {}, {}, {}, max_rank)
         leases = {name: serving.allocator.acquire(0) for name in loaded}
-        made = _make(planned, attachment)
+        made = make_parts(planned, attachment)
         for name, adapter in loaded.items():
-            _fill(planned, name, made, attachment, leases[name].index)
-            attachment.info[name] = _describe(adapter, planned, name, leases[name].index)
+            fill(planned, name, made, attachment, leases[name].index)
+            attachment.info[name] = describe(adapter, planned, name, leases[name].index)
         apart = (*planned.new_sparse, *planned.new_heads)
         groups = packing.find_siblings(model, apart) if pack else []
         if augment:
@@ -160,8 +145,8 @@ def attach(
         attachment.packs = packing.pack(groups, made.pools, augment)
     # From here on nothing can fail.
     attachment.tasks = {name: a for name, a in loaded.items() if isinstance(a, SparseAdapter)}
-    _install_packs(attachment)
-    _install(model, planned, attachment, made)
+    install_packs(attachment)
+    install(model, planned, attachment, made)
     model.register_forward_pre_hook(Begin(serving), prepend=True, with_kwargs=True)
     model.register_forward_hook(End(serving), always_call=True)
     attachment.wrapped = generate.install(model, serving)
@@ -170,98 +155,6 @@ def attach(
     copied = {name: frozenset(info.heads) for name, info in attachment.info.items()}
     serving.publish(leases, copied, needs_of(attachment, planned))
     return given
-
-
-@dataclass
-class _Made:
-    """What modules will get, by canonical path; filled before the model is changed."""
-
-    pools: dict[str, AdapterPool]
-    copies: dict[str, heads.HeadCopies]
-    sparse: dict[str, SiteSlots]
-
-
-def _make(planned: Plan, attachment: Attachment) -> _Made:
-    serving = attachment.serving
-    slots, rank, dtype = serving.physical_slots, serving.max_rank, attachment.fallback_dtype
-    return _Made(
-        {path: target.make_pool(module, slots, rank, dtype) for path, (module, target) in planned.new_layers.items()},
-        heads.new_sites(planned),
-        {path: make_slots(module, path, kind, slots) for path, (module, kind) in planned.new_sparse.items()},
-    )
-
-
-def _fill(planned: Plan, name: str, made: _Made, attachment: Attachment, slot: int) -> None:
-    """Write one adapter into a slot of every layer, old and new; layers that it does not adapt get an empty slot."""
-    fitted = planned.adapters[name]
-    for path, pool in ({path: m.lora_pool for path, m in attachment.layers.items()} | made.pools).items():
-        layer = fitted.layers.get(path)
-        if layer is None:
-            pool.clear(slot)
-        else:
-            a, b = layer.lora_a, layer.lora_b
-            pool.write(slot, a.detach().flatten(1), b.detach().flatten(1), layer.scaling, layer.lora_bias)
-    modules: dict[str, nn.Module] = {**attachment.heads, **{p: module for p, (module, _) in planned.new_heads.items()}}
-    for path, site in ({path: m.lora_heads for path, m in attachment.heads.items()} | made.copies).items():
-        site.put(slot, fitted.heads.get(path), modules[path])
-    for path, slots in ({path: m.lora_sparse for path, m in attachment.sparse.items()} | made.sparse).items():
-        slots.put(slot, fitted.sites.get(path))
-
-
-def _describe(adapter: Adapter, planned: Plan, name: str, slot: int) -> AttachedAdapter:
-    fitted = planned.adapters[name]
-    rank, density = (0, adapter.density) if isinstance(adapter, SparseAdapter) else (adapter.rank, None)
-    layers = (*fitted.layers, *fitted.sites)
-    return AttachedAdapter(slot, rank, adapter.nbytes, layers, tuple(fitted.heads), adapter.source, density)
-
-
-def _install(model: nn.Module, planned: Plan, attachment: Attachment, made: _Made) -> None:
-    serving = attachment.serving
-    for path, (module, target) in planned.new_layers.items():
-        module.__dict__["lora_fit"] = target.fit
-        adapted: type[nn.Module] = target.adapted
-        pack, index = module.__dict__.get("lora_pack", (None, 0))
-        if pack is not None:
-            pack.set_pool(index, made.pools[path])
-            adapted = PackedLinear
-        if path in attachment.sparse:
-            adapted = sparse_class(module, adapted)
-        _adapt(module, adapted, serving, path, lora_pool=made.pools[path])
-        attachment.layers[path] = cast(AdaptedModule, module)
-    for path, (module, adapted) in planned.new_heads.items():
-        _adapt(module, adapted, serving, path, lora_heads=made.copies[path])
-        attachment.heads[path] = cast(heads.MultiHead, module)
-    for path, (module, _) in planned.new_sparse.items():
-        _adapt(module, sparse_class(module, type(module)), serving, path, lora_sparse=made.sparse[path])
-        attachment.sparse[path] = cast(SparseSite, module)
-    attachment.switched += bypass.switch_off(model, [*planned.new_layers, *planned.new_sparse])
-
-
-def _install_packs(attachment: Attachment) -> None:
-    attachment.serving.packs = bool(attachment.packs)
-    for pack, layers in attachment.packs:
-        for i, layer in enumerate(layers):
-            layer.__dict__["lora_pack"] = pack, i
-            _adapt(layer, PackedLinear, attachment.serving, pack.paths[i])
-
-
-def _dissolve(attachment: Attachment, planned: Plan) -> None:
-    """Take packs apart whose layers get something that wants a product of their own."""
-    apart = (*planned.new_sparse, *planned.new_heads)
-    for pack, _ in attachment.packs:
-        if any(path == a or path.startswith(f"{a}.") or a == "" for a in apart for path in pack.paths):
-            pack.dissolve()
-
-
-def _adapt(module: nn.Module, adapted: type[nn.Module], serving: Serving, path: str, **children: nn.Module) -> None:
-    own_forward = module.__dict__.pop("forward", None)
-    if own_forward is not None:
-        module.__dict__["lora_base_forward"] = own_forward
-    for name, child in children.items():
-        child.train(module.training)
-        module._modules[name] = child
-    module.__dict__["lora_serving"], module.__dict__["lora_path"] = serving, path
-    module.__class__ = adapted  # last: a forward on another thread finds everything in place
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -290,14 +183,7 @@ def detach(model: nn.Module) -> nn.Module:
     undo_switch(model, attachment)
     packing.unpack(attachment.packs)
     for module in adapted.values():
-        module.__class__ = original_class(type(module))  # type: ignore[assignment]
-        for name in ("lora_pool", "lora_heads", "lora_sparse"):
-            module._modules.pop(name, None)
-        for name in ("lora_serving", "lora_path", "lora_fit", "lora_pack"):
-            module.__dict__.pop(name, None)
-        own_forward = module.__dict__.pop("lora_base_forward", None)
-        if own_forward is not None:
-            module.__dict__["forward"] = own_forward
+        restore(module)
     for hooks, kind in ((model._forward_pre_hooks, Begin), (model._forward_hooks, End)):
         for key in [key for key, hook in hooks.items() if type(hook) is kind]:  # type: ignore[attr-defined]
             for table in (hooks, model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
@@ -372,11 +258,11 @@ def _put(model: nn.Module, attachment: Attachment, name: str, loaded: Mapping[st
         planned = plan(model, loaded, attachment.layers, attachment.sparse, widths, serving.max_rank, packed)  # type: ignore[arg-type]
         serving.refuse_growth(name, outgrows(attachment, planned, name))
         lease = serving.allocator.acquire(timeout)
-        made = _make(planned, attachment)
-        _fill(planned, name, made, attachment, lease.index)
-    _dissolve(attachment, planned)
-    _install(model, planned, attachment, made)
-    info = _describe(loaded[name], planned, name, lease.index)
+        made = make_parts(planned, attachment)
+        fill(planned, name, made, attachment, lease.index)
+    dissolve_packs(attachment, planned)
+    install(model, planned, attachment, made)
+    info = describe(loaded[name], planned, name, lease.index)
     attachment.info = {**attachment.info, name: info}
     tasks = {n: task for n, task in attachment.tasks.items() if n != name}
     attachment.tasks = tasks | {n: a for n, a in loaded.items() if isinstance(a, SparseAdapter)}
