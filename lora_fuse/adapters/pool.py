@@ -143,15 +143,6 @@ class AdapterPool(nn.Module):
         """Let A lie in ``rows [num_slots * max_rank, in_features]``, a part of somebody's memory, from now on."""
         self._buffers["pool_a"] = rows.copy_(self.pool_a)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        a = self._buffers["pool_a"]
-        if a is None or a.untyped_storage().nbytes() <= a.shape[0] * a.stride(0) * a.element_size():
-            return reduced
-        func, args, state, *rest = reduced  # a copy takes its own rows along, not all the memory in which they lie
-        own = _padded(a.shape[0], a.shape[1], a.dtype, a.device).copy_(a)
-        return (func, args, {**state, "_buffers": {**state["_buffers"], "pool_a": own}}, *rest)
-
     def leave_inference_mode(self) -> None:
         """Replace buffers that ``.to()`` made inside ``inference_mode`` by ordinary copies, which can be written."""
         with torch.inference_mode(False):

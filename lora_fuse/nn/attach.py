@@ -73,17 +73,19 @@ def attach(
     and the like, found by their names in Hugging Face and diffusers models and checked call by call. It is meant for
     inference: with gradients, under autocast or transforms, and in compiled code, each layer computes alone. Know that
 
-    - the siblings' weights are moved into one storage, of which their parameters become views; ``detach`` gives each
-      a storage of its own again;
+    - the siblings' weights are moved into one piece of memory, which lives as long as any of them; ``detach`` gives
+      each memory of its own again;
     - a wider product may round differently, so base rows agree with the bare layer's within rounding only;
+    - under ``inference_mode``, where tensors count no versions, a write into the input between two siblings is noticed
+      only until a forward has gone without one;
     - siblings' outputs are views of one tensor: rows lie further apart, and holding one holds the others' memory;
     - layers are packed when attaching, never later. Packs come apart where a layer gets sparse deltas, a full copy (a
       head) or other weights; ``adapters(model)`` and ``print(model)`` tell what is packed.
 
-    ``augment=True`` lays A behind the weight, in one storage, where a plain ``nn.Linear`` gets slots and there is room:
-    its product yields every slot's shrink as well, for up to 256 rows in plain inference, and one expand is left to do.
-    For decoding on GPUs. The shrink is rounded to the layer's dtype, as torch and PEFT round it, the wider product may
-    round base rows differently, outputs are views, and ``state_dict()`` has copies. See docs/decoding.md.
+    ``augment=True`` lays A behind the weight, in one piece of memory, where a plain ``nn.Linear`` gets slots and there
+    is room: its product yields every slot's shrink as well, for up to 256 rows in plain inference, and one expand is
+    left to do. For decoding on GPUs. The shrink is rounded to the layer's dtype, as torch and PEFT round it, the wider
+    product may round base rows differently, and outputs are views. See docs/decoding.md.
 
     Limits: what ``checkpoint(model, ..., use_reentrant=True)`` runs again in the backward sees the selection of that
     moment, not the forward's (inside the model, or with ``use_reentrant=False``, it sees the forward's).

@@ -9,7 +9,6 @@ The pools' A rows may lie behind the weights, see augmented.py; a layer without 
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +83,7 @@ class Pack:
         self.spans = [(0, len(paths))] * len(paths)  # by who comes first: the neighbours to compute
         self.wasted = [0] * len(paths)
         self.live = True  # False: dissolved for good
+        self.places: set[int] = set()  # where parameters were laid that have to move out again
         self.trusted = False  # whether siblings were seen to share an input that nobody writes into
         self.forget()
 
@@ -243,12 +243,6 @@ class Pack:
         return tuple(part if pool is None else add_biases(part, pool, routing) for part, pool in pairs)
 
 
-def _own(p: nn.Parameter) -> nn.Parameter:
-    own = nn.Parameter(p.detach().clone(), p.requires_grad)
-    own.__dict__.update(p.__dict__)
-    return own
-
-
 class PackedLinear(MultiLoRALinear):
     """An ``nn.Linear`` that shares its product with siblings, or with its own A; with slots, or without. Made by
     ``lora_fuse.attach``."""
@@ -274,28 +268,6 @@ class PackedLinear(MultiLoRALinear):
             pack.forget()
             self.lora_serving.repack = True
         return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        # Parameters copy what they show, not what lies under it, and stay those that an optimizer's copy refers to.
-        made.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return made
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        func, args, state, *rest = reduced
-        # A view is pickled with the storage under it, which holds the siblings' weights as well.
-        own = {name: None if p is None else _own(p) for name, p in self._parameters.items()}
-        return (func, args, {**state, "_parameters": own}, *rest)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        pack, _ = self.lora_pack
-        if not keep_vars and any(at is not None for at in pack.behind):
-            for name in self._parameters:  # a view is saved with the storage under it, which holds adapters as well
-                if prefix + name in destination:
-                    destination[prefix + name] = destination[prefix + name].clone()
 
     def _slots_repr(self) -> str:
         pack, index = self.lora_pack

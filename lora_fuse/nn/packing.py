@@ -163,15 +163,25 @@ def _bind(pack: Pack, layers: Sequence[nn.Linear]) -> None:
         for i, b in enumerate(biases):
             if b is not None:
                 bias[sum(pack.sizes[:i]) : sum(pack.sizes[: i + 1])] = b.data
+    pack.places = set()
     for i, layer in enumerate(layers):
-        rows = slice(sum(pack.sizes[:i]), sum(pack.sizes[: i + 1]))
-        layer.weight.data = weight[rows]
+        start = sum(pack.sizes[:i])
+        layer.weight.data = _rows(weight, start, pack.sizes[i])
         if bias is not None and layer.bias is not None:
-            layer.bias.data = bias[rows]
+            layer.bias.data = _rows(bias, start, pack.sizes[i])
+        pack.places |= {_storage(p) for p in layer.parameters(recurse=False)}
     for pool, at in zip(lodgers, behind, strict=True):
         if pool is not None and at is not None:
-            pool.move_a(weight[at : at + pool.pool_a.shape[0]])
+            pool.move_a(_rows(weight, at, pool.pool_a.shape[0]))
     pack.bind(weight, bias, tuple(behind))
+
+
+def _rows(whole: Tensor, first: int, count: int) -> Tensor:
+    """Rows of a dense tensor that has its storage to itself. They look like a tensor of their own: what saves, copies
+    or compares storages finds these rows alone."""
+    row = whole.stride(0) * whole.element_size()
+    part = whole.untyped_storage()[first * row : (first + count) * row]
+    return whole.new_empty(0).set_(part, 0, (count, *whole.shape[1:]), whole.stride())
 
 
 @torch.no_grad()
@@ -181,12 +191,8 @@ def unpack(packs: Packs) -> None:
         pack.dissolve()
         for layer in layers:
             for p in layer._parameters.values():
-                if p is not None and _storage_bytes(p) > p.numel() * p.element_size():
+                if p is not None and _storage(p) in pack.places:
                     p.data = p.data.clone()
-
-
-def _storage_bytes(p: Tensor) -> int:
-    return p.untyped_storage().nbytes() if _storage(p) else 0
 
 
 def repack(packs: Packs) -> None:

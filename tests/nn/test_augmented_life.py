@@ -32,7 +32,7 @@ def test_names_files_and_what_detach_leaves(pack: bool, tmp_path: Path) -> None:
     saved = model.state_dict()
     assert saved.keys() == keys.keys()
     assert all(torch.equal(t, keys[name]) for name, t in saved.items())
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved.values())  # copies, of these values alone
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved.values())
     assert all(model.state_dict(keep_vars=True)[name] is p for name, p in before.items())
     for name, states in (("model", saved), ("bare", keys)):
         torch.save(states, tmp_path / f"{name}.pt")
@@ -135,12 +135,40 @@ def test_copies_are_models_of_their_own(how: str, pack: bool, tmp_path: Path, wi
 
 
 @BOTH
-def test_a_copy_keeps_what_an_optimizer_refers_to(pack: bool) -> None:
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_keeps_what_an_optimizer_refers_to(how: str, pack: bool) -> None:
     _, _, model = block(pack)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    other, copied = copy.deepcopy((model, optimizer))
+    both = model, torch.optim.SGD(model.parameters(), lr=0.1)
+    other, copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
     assert {*other.parameters()} == {*copied.param_groups[0]["params"]}
     assert not {*other.parameters()} & {*model.parameters()}
+
+
+@BOTH
+def test_parameters_look_like_tensors_of_their_own(pack: bool) -> None:
+    """To whatever saves or drops tensors by their storages, and to what writes into a state dict."""
+    _, _, model = block(pack)
+    tensors = [*model.state_dict().values(), *(model.get_submodule(p).lora_pool.pool_a for p in augmented(model))]
+    assert all(t.untyped_storage().nbytes() == t.nbytes and t.storage_offset() == 0 for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    for t in model.state_dict().values():
+        t.fill_(0.5)
+    assert all((p == 0.5).all() for p in model.parameters())
+    assert model.down.lora_pack[0].holds(0, model.down)
+
+
+@BOTH
+@pytest.mark.parametrize("tool", ["accelerate", "safetensors"])
+def test_tools_that_look_at_storages_save_everything(tool: str, pack: bool, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    bare, _, model = block(pack)
+    if tool == "accelerate":
+        pytest.importorskip("accelerate").Accelerator().save_model(model, tmp_path)
+    else:
+        safetensors.save_model(model, tmp_path / "model.safetensors")
+    saved, want = safetensors.load_file(tmp_path / "model.safetensors"), bare.state_dict()
+    assert saved.keys() == want.keys()
+    assert all(torch.equal(t, want[name]) for name, t in saved.items())
 
 
 @BOTH
@@ -161,7 +189,7 @@ def test_moves_and_casts_are_laid_out_again(pack: bool, wide: list[Any]) -> None
             assert wide == widths(pack)
         for path in augmented(model):
             layer = model.get_submodule(path)
-            assert layer.lora_pool.pool_a.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
+            assert layer.lora_pack[0].holds(layer.lora_pack[1], layer)
         old = weakref.ref(model.down.lora_pack[0].weight)
         del wide[:]
     with torch.inference_mode():
