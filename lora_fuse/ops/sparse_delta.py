@@ -81,7 +81,7 @@ def _cuda_(out: Tensor, x: Tensor, number: int, features: int, transposed: bool,
     if table is None or tiles is None or (tiles.shape[0] == 0) != (routing[0].shape[0] == 0) or x.is_neg():
         return _unread_(out, x, number, features, transposed, bias, *routing)
     _check_memory(out, x)
-    operands = (out, x, table, *routing, tiles)
+    operands = (out, x, table, *routing, tiles, pool.in_features, pool.out_features)  # the last two by their values
     if _cpu.launch_again(_READY, operands):
         return
     _check_kernel(out, x, pool, routing, tiles)

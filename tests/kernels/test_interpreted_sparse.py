@@ -12,12 +12,14 @@ from cases import mixed_pairs, pairs_of, routing_of
 from sparse_cases import make_case, make_sparse_pool
 from sparse_launches import as_on_a_gpu, run
 
+from lora_fuse import _cpu
 from lora_fuse.adapters import sparse_pool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_pool import PackedDelta, SparsePool
 from lora_fuse.adapters.sparse_runs import RunDelta
 from lora_fuse.kernels import sparse_delta as kernels
 from lora_fuse.kernels.routing import build_tiles
+from lora_fuse.ops import sparse_delta as ops
 from lora_fuse.ops.sparse_delta import _composite_, _cuda_, _unread_
 from lora_fuse.sparse import SparseMatrix
 
@@ -242,6 +244,21 @@ class TestBadInput:
                 _cuda_(*given, runs.handle, *rest, tiles)
             assert (of_gpu.type, str(of_gpu.value)) == (of_cpu.type, str(of_cpu.value))
         assert torch.equal(out, before)
+
+    def test_launches_that_are_kept_are_for_pools_of_one_size(self, monkeypatch):
+        """Tables of pools are alike; what was launched on one pool's must not go unchecked on a wider one's."""
+        ready: dict[bytes, Any] = {}
+        monkeypatch.setattr(ops, "_READY", ready)
+        keep = lambda *args: ready.update({_cpu.operand_key(tuple(args[-2])): lambda addresses: True})  # noqa: E731
+        monkeypatch.setattr(kernels, "sparse_delta_", keep)
+        fitting, wider = (make_sparse_pool(2, size, 12, 0.4, torch.float32).pool for size in (20, 30))
+        x, out, routing = torch.randn(3, 20), torch.zeros(3, 12), Routing.from_slots(torch.tensor([0, 1, 1]), 2)
+        run(out, x, fitting, routing)
+        assert len(ready) == 1
+        run(out, x, fitting, routing)
+        assert len(ready) == 1
+        with pytest.raises(ValueError, match="x: has 20 features, the pool has 30"):
+            run(out, x, wider, routing)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
