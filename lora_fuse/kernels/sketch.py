@@ -8,7 +8,8 @@ before them. Q is kept as ``[columns, rows]``; a random Q is drawn by every prog
 Products are those of fp32 on matrix instructions: operands are cut into parts that bf16 or tf32 hold exactly, and what
 the parts' products leave out is below fp32's rounding. Sums of 512 terms are added up in fp32, partial sums of programs
 in a fixed order: equal bits in every run. 32 columns of Q at a time keep every target to the warps' own instructions:
-wgmma with a left operand from registers has been miscompiled (triton issue 9433).
+wgmma with a left operand from registers has been miscompiled (triton issue 9433). A batch's matrices are told apart by
+the grid's first dimension, the only one that may be longer than 65535.
 """
 
 from __future__ import annotations
@@ -262,12 +263,14 @@ def _product_kernel(
     PRECISION: tl.constexpr,
 ):
     # Neighbours read the same strip of X, for other columns of Q.
-    offs_n = (tl.program_id(0) // GROUPS) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_column = (tl.program_id(0) % GROUPS) * (HEAD + TAIL)
+    programs = tl.cdiv(width, BLOCK_N) * GROUPS  # of a matrix
+    program = tl.program_id(0) % programs
+    offs_n = (program // GROUPS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = (program % GROUPS) * (HEAD + TAIL)
     tail = first_column + HEAD
     split = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    to = out + (split.to(tl.int64) * tl.num_programs(2) + batch) * columns * width
+    batch = (tl.program_id(0) // programs).to(tl.int64)
+    to = out + (split.to(tl.int64) * (tl.num_programs(0) // programs) + batch) * columns * width
     end = tl.minimum(split * SPLIT_LEN + SPLIT_LEN, reduced)
     for begin in range(split * SPLIT_LEN, end, SEGMENT):
         acc = tl.zeros([HEAD if HEAD > 0 else 16, BLOCK_N], tl.float32)
@@ -309,8 +312,9 @@ def _product_kernel(
 @triton.jit(do_not_specialize=["draw", "seed_low", "seed_high"])
 def _normals_kernel(out, rows, columns, draw, seed_low, seed_high, BLOCK: tl.constexpr):
     """A draw ``[matrices, rows, columns]``, stored."""
-    matrix = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * 128 + tl.arange(0, 32)[:, None]
+    chunks = tl.cdiv(rows, 128)
+    matrix = (tl.program_id(0) // chunks).to(tl.int64)
+    row = tl.program_id(0) % chunks * 128 + tl.arange(0, 32)[:, None]
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     n0, n1, n2, n3 = _four_normals(row, col, matrix, draw, seed_low, seed_high)
     to = out + matrix * rows * columns + row.to(tl.int64) * columns + col
@@ -345,8 +349,10 @@ def _squares_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sums of the squares of rows."""
-    batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    programs = tl.cdiv(rows, ROWS)  # of a matrix
+    batch = (tl.program_id(0) // programs).to(tl.int64)
+    first_row = tl.program_id(0) % programs * ROWS
+    row = first_row + tl.arange(0, ROWS)[:, None]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for at in range(0, cols, BLOCK):
         col = at + tl.arange(0, BLOCK)[None, :]
@@ -356,7 +362,7 @@ def _squares_kernel(
             first_weight, second_weight, batch, row, col, (row < rows) & (col < cols), TWO, WEIGHTED, SPARSE,
         ).to(tl.float32)  # fmt: skip
         total += x * x
-    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = first_row + tl.arange(0, ROWS)
     tl.store(out + batch * rows + own, tl.sum(total, 1), mask=own < rows)
 
 
@@ -383,7 +389,7 @@ def product_launch(
     seed, draw = drawn
     launch = Launch(
         _product_kernel,
-        (-(-width // made.block_n) * made.groups, made.splits, batch),
+        (-(-width // made.block_n) * made.groups * batch, made.splits),
         (out, q, first, second, words, starts, reduced, width, columns, draw, *_halves(seed), *rest),
         {
             **x.constexprs(),
@@ -424,7 +430,7 @@ def product(
 
 def normals_launch(out: Tensor, seed: int, draw: int) -> Launch:
     matrices, rows, columns = out.shape
-    grid = -(-rows // CHUNK), -(-columns // _NORMALS_BLOCK), matrices
+    grid = -(-rows // CHUNK) * matrices, -(-columns // _NORMALS_BLOCK)
     args = (out, rows, columns, draw, *_halves(seed))
     return Launch(_normals_kernel, grid, args, {"BLOCK": _NORMALS_BLOCK}, 4, 1)
 
@@ -447,7 +453,7 @@ def squares_launch(x: Source) -> tuple[Launch, Tensor]:
     args = (out, first, second, words, starts, rows, cols, *rest)
     block = min(512, max(16, triton.next_power_of_2(cols)))
     constexprs = {**x.constexprs(), "ROWS": _SQUARES_ROWS, "BLOCK": block}
-    return Launch(_squares_kernel, (-(-rows // _SQUARES_ROWS), batch), args, constexprs, 4, 3), out
+    return Launch(_squares_kernel, (-(-rows // _SQUARES_ROWS) * batch,), args, constexprs, 4, 3), out
 
 
 def squares(x: Source) -> Tensor:

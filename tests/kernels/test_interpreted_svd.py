@@ -12,7 +12,15 @@ from torch import Tensor
 from lora_fuse import SparseMatrix, _cpu
 from lora_fuse import functional as F
 from lora_fuse.kernels import sketch
-from lora_fuse.kernels.sketch import Source, normals, product, squares
+from lora_fuse.kernels.sketch import (
+    Source,
+    normals,
+    normals_launch,
+    product,
+    product_launch,
+    squares,
+    squares_launch,
+)
 from lora_fuse.ops import gpu
 from lora_fuse.ops.operands import Operand, as_operand
 from lora_fuse.ops.svd import gram_svd
@@ -38,6 +46,16 @@ def test_draws_are_the_cpus(seed):
     got = normals(seed, 5, (2, 290, 37), CPU)
     torch.testing.assert_close(got, want, rtol=0, atol=3e-6)
     assert normals(seed, 5, (0, 290, 37), CPU).shape == (0, 290, 37)
+
+
+def test_batches_of_any_length_fit_a_grid():
+    """Dimensions but the first end at 65535."""
+    x = Source((100_000, 9, 8), torch.empty(100_000, 9, 8, device="meta"))
+    made = [product_launch(x, None, 4, transposed, (0, 0), "cuda")[0] for transposed in (False, True)]
+    made += [squares_launch(x)[0], normals_launch(torch.empty(100_000, 9, 8, device="meta"), 0, 0)]
+    for launch in made:
+        assert launch.grid[0] >= 100_000
+        assert max(launch.grid[1:], default=1) <= 65535
 
 
 def sparse(m: int, n: int, density: float) -> SparseMatrix:
