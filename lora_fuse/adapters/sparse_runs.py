@@ -92,9 +92,12 @@ def runs_of(matrix: SparseMatrix, dtype: torch.dtype, bias: Tensor | None, devic
     fillers = (column - before - 1).clamp_min(0) // WIDEST
     ends = (fillers + 1).cumsum(0)  # of each entry and its fillers, were there no padding
     counts = torch.zeros(rows * chunks, dtype=torch.int64, device=device).index_add_(0, run, fillers + 1)
+    blocks = (counts + ALIGN - 1) // ALIGN
+    if matrix.nnz == 0:
+        blocks[-1] = 1  # of padding: not an empty slot
     starts = torch.zeros(rows * chunks + 1, dtype=torch.int64, device=device)
-    torch.cumsum((counts + ALIGN - 1) // ALIGN, 0, out=starts[1:])
-    entries = max(int(starts[-1]), 1) * ALIGN  # no entries at all: not an empty slot
+    torch.cumsum(blocks, 0, out=starts[1:])
+    entries = int(starts[-1]) * ALIGN
     if entries >= 2**31:
         raise ValueError(f"matrix: {entries} entries with padding, accepted are fewer than 2**31 on a GPU")
     place = ends - 1 + (starts[:-1] * ALIGN - (counts.cumsum(0) - counts))[run]

@@ -17,6 +17,7 @@ from lora_fuse.adapters import sparse_pool
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.adapters.sparse_pool import PackedDelta, SparsePool
 from lora_fuse.adapters.sparse_runs import RunDelta
+from lora_fuse.functional import sparse_delta_linear
 from lora_fuse.kernels import sparse_delta as kernels
 from lora_fuse.kernels.routing import build_tiles
 from lora_fuse.ops import sparse_delta as ops
@@ -107,6 +108,10 @@ def test_a_bias_alone_and_an_empty_matrix(most_gathered, monkeypatch):
     x, out = torch.randn(3, 30), torch.randn(3, 70)
     got = run(out.clone(), x, pool, Routing.from_slots(torch.tensor([0, 1, -1]), 2))
     assert torch.equal(got, out + torch.stack([bias, torch.zeros(70), torch.zeros(70)]))
+    assert torch.equal(pool.dense(1, torch.float32), nothing)
+    x.requires_grad_()
+    sparse_delta_linear(x, pool, Routing.from_slots(torch.tensor([0, 1, -1]), 2)).sum().backward()
+    assert not x.grad.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
