@@ -20,18 +20,22 @@ demo: $(STAMP)
 	$(VENV)/bin/lora-fuse demo
 
 test: $(STAMP) test-kernels
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu" --ignore tests/kernels
 
-# Triton kernels in its CPU interpreter, which is chosen when Triton is imported
+# Triton kernels in its CPU interpreter, which is chosen when Triton is imported; then what is compiled ahead of time.
+# Processes do it side by side where pytest-xdist is installed.
+BESIDE = -p no:benchmark $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(1)")
+WHICH ?= not slow and not gpu
 test-kernels: $(STAMP)
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "not gpu" tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -m "$(WHICH)" $(call BESIDE,2) tests/kernels
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(WHICH)" $(call BESIDE,2) tests/kernels
 
-# Half of it is compiling, which processes do side by side where pytest-xdist is installed
 test-gpu: $(STAMP)
-	$(PY) -m pytest -m gpu -p no:benchmark $$($(PY) -c "import xdist" 2>/dev/null && echo "-n 8") tests/kernels
+	$(PY) -m pytest -m gpu $(call BESIDE,8) tests/kernels
 
-test-all: $(STAMP) test-kernels
-	$(PY) -m pytest -m "not gpu"
+test-all: $(STAMP)
+	$(MAKE) test-kernels WHICH="not gpu"
+	$(PY) -m pytest -m "not gpu" --ignore tests/kernels
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
