@@ -144,7 +144,7 @@ def multi_lora_slices(
     _check_call(x, routing, out)
     args = (*_op.slices_of(pools, sizes), *routing.tensors, routing.tiles)
     torch.ops.lora_fuse.multi_lora_slices_(out, x, *args)
-    return out
+    return _written(out)
 
 
 def _refuse_rows(x: Tensor, routing: Routing) -> None:
@@ -166,6 +166,13 @@ def _dispatch(x: Tensor, pool: AdapterPool, routing: Routing, out: Tensor | None
     if out is None:
         return _op.transformable(*args) if under_transform() else torch.ops.lora_fuse.multi_lora(*args)
     torch.ops.lora_fuse.multi_lora_(out, *args)
+    return _written(out)
+
+
+def _written(out: Tensor) -> Tensor:
+    """Let autograd know, which an op of a kernel's does not tell by itself."""
+    if not _compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
     return out
 
 
@@ -225,4 +232,4 @@ def sparse_delta_linear(x: Tensor, pool: SparsePool, routing: Routing, out: Tens
     if out is None:
         return _sparse_op.transformable(*args) if under_transform() else torch.ops.lora_fuse.sparse_delta(*args)
     torch.ops.lora_fuse.sparse_delta_(out, *args)
-    return out
+    return _written(out)

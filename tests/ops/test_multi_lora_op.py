@@ -94,6 +94,15 @@ def test_out_version_is_bumped():
         )
 
 
+def test_out_version_is_bumped_through_the_dispatcher():
+    pool = make_pool(2, 3, 8, 5, torch.bfloat16)
+    x, out = torch.ones(2, 8, dtype=torch.bfloat16), torch.zeros(2, 5, dtype=torch.bfloat16)
+    routing, before = Routing.from_slots(torch.tensor([0, 1]), 2), out._version
+    with torch.autocast("cpu", torch.bfloat16):
+        multi_lora(x, pool, routing, out=out)
+    assert out._version > before
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiles_without_breaks_at_changing_sizes(in_place):
     pool = make_pool(3, 4, 20, 12, torch.float32)
