@@ -484,7 +484,13 @@ def test_stopped_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     lf.LoraAdapter({"m": layer}).save_pretrained(tmp_path / "in" / "a")
     (tmp_path / "results").mkdir()
     command = command_line("fuse", base, tmp_path / "in" / "a", "-o", tmp_path / "results" / "out")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit it ignored
+    )
     with process:
         while process.poll() is None and not any((tmp_path / "results").glob(".out.*.partial/model.safetensors")):
             time.sleep(0.01)

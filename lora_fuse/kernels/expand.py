@@ -171,7 +171,7 @@ def expand_kernel(
     if HAS_MIXES:
         own = tl.load(row_starts + row + 1, mask=live, other=0) - tl.load(row_starts + row, mask=live, other=0)
         live = live & (own == 1)
-    rank = tl.load(of_slice(which, slot_rank_0, slot_rank_1, slot_rank_2, SLICES) + slot)
+    rank = tl.minimum(tl.load(of_slice(which, slot_rank_0, slot_rank_1, slot_rank_2, SLICES) + slot), max_rank)
     if rank == 0:
         return
     width = of_slice(which, width_0, width_1, width_2, SLICES)
@@ -246,7 +246,7 @@ def _mix(
     for at in range(begin, end):
         pair = tl.load(row_pairs + at).to(tl.int64)
         slot = tl.sum((ends <= pair).to(tl.int32))
-        rank = tl.load(slot_rank + slot)
+        rank = tl.minimum(tl.load(slot_rank + slot), max_rank)
         b_at = b_columns[None, :] + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride
         acc = tl.zeros([BLOCK_N], tl.float32)
         for r in range(0, rank, BLOCK_R):

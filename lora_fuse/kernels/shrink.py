@@ -60,6 +60,7 @@ def shrink_kernel(
     pool_a = of_slice(which, pool_a_0, pool_a_1, pool_a_2, SLICES)
     slot, pairs, live, row = load_tile(tl.program_id(0), tiles, rows, FIELDS, BLOCK_M)
     rank = tl.load(of_slice(which, slot_rank_0, slot_rank_1, slot_rank_2, SLICES) + slot)
+    rank = tl.minimum(rank, max_rank)  # whatever the tensor says, no other slot is read
     if first_r >= rank:
         return
     offs_r = first_r + tl.arange(0, BLOCK_R)

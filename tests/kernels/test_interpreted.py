@@ -109,6 +109,16 @@ def test_rows_without_an_adapter_keep_their_bits():
         assert not run(torch.zeros(rows, 24), x[:rows], pool, Routing.from_slots(torch.full((rows,), -1), 3)).any()
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
+def test_ranks_beyond_the_pools_are_its_largest(mixed):
+    """A tensor on a device is not read before the launch, so nothing can be raised; other slots' rows stay unread."""
+    pool, case = make_pool(3, 6, 70, 40, torch.float32, [6] * 3), make_case(9, 70, 40, 6, 3, torch.float32, mixed)
+    want = run(case.out.clone(), case.x, pool, case.routing)
+    assert want.isfinite().all()
+    pool.slot_rank.fill_(1000)
+    assert torch.equal(run(case.out.clone(), case.x, pool, case.routing), want)
+
+
 def test_a_mix_of_one_is_the_adapter_itself():
     """Whether another row of the batch mixes or not."""
     pool = make_pool(3, 6, 200, 40, torch.float16)
