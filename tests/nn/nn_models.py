@@ -29,6 +29,17 @@ class Mlp(nn.Module):
         return self.out(x + self.down(torch.tanh(self.up(x))))
 
 
+class Kinds(nn.Module):
+    """An embedding, a convolution and a linear layer, on ids ``[batch, length]`` below 13."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.out = nn.Embedding(13, 6), nn.Conv2d(1, 4, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.conv(self.embed(ids)[:, None]))
+
+
 def linear_layer(module: Any, rank: int, scaling: float = 0.5, bias: bool = False) -> LoraLayer:
     """Random factors of a visible size for a Linear (or a Conv1D, whose weight lies the other way)."""
     shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
@@ -38,9 +49,25 @@ def linear_layer(module: Any, rank: int, scaling: float = 0.5, bias: bool = Fals
     return LoraLayer(a, b, scaling, lora_bias=torch.randn(out_features) if bias else None)
 
 
+def embedding_layer(module: nn.Embedding, rank: int) -> LoraLayer:
+    a, b = torch.randn(rank, module.num_embeddings), torch.randn(module.embedding_dim, rank)
+    return LoraLayer(a, b, 0.4, kind="embedding")
+
+
+def conv_layer(module: nn.Conv2d, rank: int) -> LoraLayer:
+    a = torch.randn(rank, module.in_channels, *module.kernel_size) / 4
+    return LoraLayer(a, torch.randn(module.out_channels, rank, 1, 1), 0.4, kind="conv2d")
+
+
 def adapter(model: nn.Module, paths: Sequence[str], rank: int, **kwargs: Any) -> LoraAdapter:
     """An adapter on these Linear layers of a model."""
     return LoraAdapter({path: linear_layer(model.get_submodule(path), rank, **kwargs) for path in paths})
+
+
+def kinds_adapter(model: Kinds) -> LoraAdapter:
+    """An adapter on each layer of ``Kinds``, with a bias on the linear one."""
+    out = linear_layer(model.out, 2, bias=True)
+    return LoraAdapter({"embed": embedding_layer(model.embed, 2), "conv": conv_layer(model.conv, 3), "out": out})
 
 
 def adapted_copy(model: nn.Module, adapters: Mapping[str, LoraAdapter], entry: Any) -> nn.Module:

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import Mlp, adapted_copy, adapter, per_row
+from nn_models import Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
 from recorded import Graph
-from test_layer_kinds import conv_layer, embedding_layer
 from torch import Tensor, nn
 
 import lora_fuse as lf
@@ -259,26 +258,9 @@ def test_a_warm_up_may_mix_more_than_a_capture(bare: Mlp, adapters: Any) -> None
         Graph(lambda: model(x))
 
 
-def test_biases_embeddings_and_convolutions(bare: Mlp) -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.conv, self.out = nn.Embedding(13, 6), nn.Conv2d(1, 4, 3, padding=1), nn.Linear(6, 3)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.conv(self.embed(ids)[:, None]))
-
-    plain = Both().requires_grad_(False)
-    adapters = {
-        n: lf.LoraAdapter(
-            {
-                "embed": embedding_layer(plain.embed, 2),
-                "conv": conv_layer(plain.conv, 3),
-                "out": adapter(plain, ("out",), 2, bias=True).layers["out"],
-            }
-        )
-        for n in "ab"
-    }
+def test_biases_embeddings_and_convolutions() -> None:
+    plain = Kinds().requires_grad_(False)
+    adapters = {name: kinds_adapter(plain) for name in "ab"}
     model = lf.attach(copy.deepcopy(plain), adapters)
     ids = torch.randint(0, 13, (3, 5))
     graph = captured(model, ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import INDUCTOR, Mlp, adapted_copy, adapter, per_row
+from nn_models import INDUCTOR, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -229,26 +229,14 @@ def test_checkpointing_inside_compiled_code() -> None:
 
 
 def test_embedding_and_conv_are_traceable() -> None:
-    from test_layer_kinds import conv_layer, embedding_layer, rows
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.conv = nn.Embedding(13, 6), nn.Conv2d(1, 4, 3, padding=1)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.conv(self.embed(ids)[:, None])
-
-    bare = Both().requires_grad_(False)
-    adapters = {
-        n: lf.LoraAdapter({"embed": embedding_layer(bare.embed, 2), "conv": conv_layer(bare.conv, 3)}) for n in "ab"
-    }
+    bare = Kinds().requires_grad_(False)
+    adapters = {name: kinds_adapter(bare) for name in "ab"}
     model = lf.attach(copy.deepcopy(bare), adapters)
     fast, counter = compiled(model, backend="eager", dynamic=True)
     for entries in (["a", None, {"a": 0.5, "b": 0.5}], ["b", "a"]):
         ids = torch.randint(0, 13, (len(entries), 5))
         with lf.use_adapters(model, entries):
-            torch.testing.assert_close(fast(ids), rows(bare, adapters, entries, ids), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fast(ids), per_row(bare, adapters, entries, ids), rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
 
 

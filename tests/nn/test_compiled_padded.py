@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from nn_models import INDUCTOR, Mlp, adapted_copy, adapter, per_row
+from nn_models import INDUCTOR, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
 from recorded import Graph
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -183,27 +183,8 @@ def test_an_op_that_is_captured_reads_what_is_selected_later(model: Any, bare: M
 
 
 def test_embedding_conv_and_biases() -> None:
-    from test_layer_kinds import conv_layer, embedding_layer
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.conv, self.out = nn.Embedding(13, 6), nn.Conv2d(1, 4, 3, padding=1), nn.Linear(6, 3)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.conv(self.embed(ids)[:, None]))
-
-    bare = Both().requires_grad_(False)
-    adapters = {
-        n: lf.LoraAdapter(
-            {
-                "embed": embedding_layer(bare.embed, 2),
-                "conv": conv_layer(bare.conv, 3),
-                "out": adapter(bare, ("out",), 2, bias=True).layers["out"],
-            }
-        )
-        for n in "ab"
-    }
+    bare = Kinds().requires_grad_(False)
+    adapters = {name: kinds_adapter(bare) for name in "ab"}
     model = lf.attach(copy.deepcopy(bare), adapters)
     counter = CompileCounterWithBackend("eager")
     fast: Any = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)

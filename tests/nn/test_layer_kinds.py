@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nn_models import adapted_copy, adapter, linear_layer
+from nn_models import adapted_copy, adapter, conv_layer, embedding_layer, linear_layer, per_row
 from torch import Tensor, nn
 
 import lora_fuse as lf
@@ -25,21 +25,6 @@ def pickled(model: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-def rows(bare: nn.Module, adapters: Any, entries: list[Any], x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([adapted_copy(bare, adapters, e)(x[i : i + 1]) for i, e in enumerate(entries)])
-
-
-def embedding_layer(module: nn.Embedding, rank: int) -> LoraLayer:
-    a, b = torch.randn(rank, module.num_embeddings), torch.randn(module.embedding_dim, rank)
-    return LoraLayer(a, b, 0.4, kind="embedding")
-
-
-def conv_layer(module: nn.Conv2d, rank: int) -> LoraLayer:
-    a = torch.randn(rank, module.in_channels, *module.kernel_size) / 4
-    return LoraLayer(a, torch.randn(module.out_channels, rank, 1, 1), 0.4, kind="conv2d")
-
-
 ENTRIES = ["a", None, {"a": 0.5, "b": -1.0}, "b"]
 
 
@@ -50,7 +35,7 @@ def test_embedding(dtype: torch.dtype) -> None:
     model = lf.attach(copy.deepcopy(bare), adapters, num_slots=2)
     ids = torch.randint(0, 37, (4, 6))
     ids[:, 0] = 0  # the padding row has a delta like any other
-    want = rows(copy.deepcopy(bare).float(), adapters, ENTRIES, ids)
+    want = per_row(copy.deepcopy(bare).float(), adapters, ENTRIES, ids)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
     with lf.use_adapters(model, ENTRIES):
         got = model(ids)
@@ -61,7 +46,7 @@ def test_embedding(dtype: torch.dtype) -> None:
             assert torch.equal(twin(ids), got)
     lf.swap_adapter(model, "b", adapters["a"])  # rank 3 where rank 5 was
     lf.swap_adapter(model, "a", adapters["a"])
-    want = rows(copy.deepcopy(bare).float(), {"b": adapters["a"]}, ["b"], ids[:1])
+    want = per_row(copy.deepcopy(bare).float(), {"b": adapters["a"]}, ["b"], ids[:1])
     with lf.use_adapters(model, ["b"]):
         torch.testing.assert_close(model(ids[:1]).float(), want, **tolerance)
     with lf.use_adapters(model, torch.tensor([-1, lf.adapter_slots(model)["a"]] * 3, dtype=torch.int32)):
@@ -83,7 +68,7 @@ def test_scaled_embedding_scales_the_lora_part_too() -> None:
     ids = torch.randint(0, 11, (2, 3))
     with lf.use_adapters(model, ["a", None]):
         got = model(ids)
-    torch.testing.assert_close(got, rows(bare, adapters, ["a", None], ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, per_row(bare, adapters, ["a", None], ids), rtol=1e-5, atol=1e-5)
     assert isinstance(model[0], Scaled)
 
 
@@ -111,7 +96,7 @@ def test_conv2d(kwargs: dict[str, Any], channels_last: bool) -> None:
         x = x.to(memory_format=torch.channels_last)
     with lf.use_adapters(model, ENTRIES):
         got = model(x)
-    torch.testing.assert_close(got, rows(bare, adapters, ENTRIES, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, per_row(bare, adapters, ENTRIES, x), rtol=1e-4, atol=1e-4)
     assert torch.equal(got[1], bare(x)[1])
     with lf.use_adapters(model, "a"):  # an unbatched image
         torch.testing.assert_close(model(x[0]), adapted_copy(bare, adapters, "a")(x[0]), rtol=1e-4, atol=1e-4)
@@ -125,7 +110,7 @@ def test_conv2d_gradient_and_bias() -> None:
     x = torch.randn(2, 3, 7, 7, requires_grad=True)
     with lf.use_adapters(model, ["a", None]):
         y = model(x)
-    torch.testing.assert_close(y, rows(bare, adapters, ["a", None], x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, per_row(bare, adapters, ["a", None], x), rtol=1e-4, atol=1e-4)
     y.square().sum().backward()
     single = x.detach()[:1].requires_grad_()
     adapted_copy(bare, adapters, "a")(single).square().sum().backward()
@@ -142,7 +127,7 @@ def test_conv1d_of_transformers() -> None:
     x = torch.randn(4, 5, 12)
     with lf.use_adapters(model, ENTRIES):
         got = model(x)
-        torch.testing.assert_close(got, rows(bare, adapters, ENTRIES, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, per_row(bare, adapters, ENTRIES, x), rtol=1e-4, atol=1e-4)
         assert torch.equal(got[1], bare(x)[1])
     twin = pickled(model)
     lf.set_adapters(twin, ENTRIES)
@@ -265,7 +250,7 @@ def test_a_forward_on_the_instance(kind: str, when: str) -> None:
     }[kind]()
     bare = nn.Sequential(module).requires_grad_(False)
     adapters = {"a": LoraAdapter({"0": layer})}
-    want = rows(bare, adapters, ["a", None], x)
+    want = per_row(bare, adapters, ["a", None], x)
     model = copy.deepcopy(bare)
     if when == "before":
         _instance_forward(model[0])
@@ -300,7 +285,7 @@ def test_accelerate_hooks() -> None:
     lf.attach(model, adapters)
     with lf.use_adapters(model, ["a", None]), torch.no_grad():
         got = model(x)
-    torch.testing.assert_close(got, rows(bare, adapters, ["a", None], x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, per_row(bare, adapters, ["a", None], x), rtol=1e-5, atol=1e-5)
     lf.detach(model)
     hooks.remove_hook_from_submodules(model)
     assert torch.equal(model(x), bare(x))
@@ -375,7 +360,7 @@ def test_autocast_follows_the_layer() -> None:
         got, base = model(x), bare(x)
     assert got.dtype is torch.bfloat16
     assert torch.equal(got[1], base[1])
-    torch.testing.assert_close(got[:1].float(), rows(bare, adapters, ["a"], x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(got[:1].float(), per_row(bare, adapters, ["a"], x), rtol=0.05, atol=0.05)
 
 
 def test_warmup_counts_distinct_kinds() -> None:
@@ -427,4 +412,4 @@ def test_layers_called_by_keyword(wrapped: bool, pack: bool) -> None:
             weight += layer.product()
         with lf.use_adapters(model, ["a"] * 3):
             got = model(ids)
-        torch.testing.assert_close(got, rows(bare, adapters, ["a"] * 3, ids), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, per_row(bare, adapters, ["a"] * 3, ids), rtol=1e-4, atol=1e-5)

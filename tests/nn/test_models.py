@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import adapted_copy, linear_layer
-from test_layer_kinds import conv_layer, embedding_layer
+from nn_models import adapted_copy, conv_layer, embedding_layer, linear_layer
 from torch import Tensor, nn
 
 import lora_fuse as lf
