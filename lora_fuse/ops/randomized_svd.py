@@ -31,10 +31,11 @@ from torch import Tensor
 from lora_fuse.ops import gpu
 from lora_fuse.ops.lowrank_svd import lowrank_svd
 from lora_fuse.ops.normals import Normals
-from lora_fuse.ops.operands import Custom, Matrix, Operand, SumOfProducts, as_operand
+from lora_fuse.ops.operands import Custom, Matrix, SumOfProducts, as_operand
 from lora_fuse.ops.orthonormal import orthonormal
 from lora_fuse.ops.sketch import start_block, worthwhile
 from lora_fuse.ops.svd import LowRankSVD, check_rank, core_svd, directions_for, gram_svd, make_svd, robust_svd
+from lora_fuse.ops.thin_products import Operand
 
 _SMALL = 128  # the exact SVD of anything this narrow takes no longer than the steps' overhead
 _WIDER = 24  # columns that a start from bf16 products has beyond the block

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_fuse import _cpu
 from lora_fuse.ops.normals import Normals
-from lora_fuse.ops.operands import Dense, Operand
+from lora_fuse.ops.thin_products import Dense, Operand
 
 _TILE = 1 << 21  # entries; 4 MB in bf16
 _SMALLEST = 1024  # of a matrix's sides; below, calls cost more than they save

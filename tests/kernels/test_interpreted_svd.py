@@ -22,8 +22,9 @@ from lora_fuse.kernels.sketch import (
     squares_launch,
 )
 from lora_fuse.ops import gpu
-from lora_fuse.ops.operands import Operand, as_operand
+from lora_fuse.ops.operands import as_operand
 from lora_fuse.ops.svd import gram_svd
+from lora_fuse.ops.thin_products import Operand
 
 CPU = torch.device("cpu")
 

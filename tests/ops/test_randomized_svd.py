@@ -13,9 +13,10 @@ from lora_fuse import SparseMatrix, _cpu
 from lora_fuse import functional as F
 from lora_fuse.ops import randomized_svd as module
 from lora_fuse.ops.normals import Normals
-from lora_fuse.ops.operands import Dense, as_operand
+from lora_fuse.ops.operands import as_operand
 from lora_fuse.ops.orthonormal import orthonormal, orthonormalize
 from lora_fuse.ops.sketch import worthwhile
+from lora_fuse.ops.thin_products import Dense
 
 M, N, RANK = 320, 400, 16
 FP32 = torch.float32
@@ -191,7 +192,7 @@ def _batched_difference() -> tuple[Any, Tensor]:
 @pytest.mark.parametrize("tile", [1 << 22, N * 33])
 @pytest.mark.parametrize("name", OPERANDS)
 def test_operands(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_fuse.ops.operands._TILE", tile)
+    monkeypatch.setattr("lora_fuse.ops.thin_products._TILE", tile)
     x, exact = OPERANDS[name]()
     svd = F.randomized_svd(x, RANK)
     assert all(t.dtype == (torch.float64 if name == "fp64" else torch.float32) for t in svd)
@@ -347,7 +348,7 @@ def test_rank_of_the_matrix_below_the_one_asked_for(rank: int) -> None:
 
 
 def test_no_whole_difference_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_fuse.ops.operands._TILE", 64 * N)
+    monkeypatch.setattr("lora_fuse.ops.thin_products._TILE", 64 * N)
     largest, new = [], torch.Tensor.copy_
     a, b = torch.randn(M, N).bfloat16(), torch.randn(M, N).bfloat16()
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args: largest.append(self.numel()) or new(self, *args))
