@@ -37,7 +37,7 @@ class Fused:
         x, fan_out, slots = self.case.x, self.case.y.shape[1], shape.adapters
         self.counters = torch.zeros(num_counters(fan_out), dtype=torch.int32, device=x.device)
         self.routings = {"": self.case.routing, "none": routing_of([-1] * shape.rows, slots, x.device)}
-        self.tiles = {name: build_tiles(r.segment_starts, r.num_pairs) for name, r in self.routings.items()}
+        self.tiles = {name: build_tiles(r.rows, r.segment_starts) for name, r in self.routings.items()}
         dtype = str(x.dtype).removeprefix("torch.")
         made = plan(*x.shape, fan_out, shape.rank, tile_capacity(self.case.routing.num_pairs, slots), dtype)
         self.plans = {report.OURS: made, "32 shrinkers": replace(made, shrinkers=min(made.shrinkers, 32))}

@@ -39,7 +39,7 @@ def in_interpreter(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing) ->
     from lora_fuse.kernels.routing import build_tiles
     from lora_fuse.ops.multi_lora import _cuda_
 
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = build_tiles(routing.rows, routing.segment_starts)
     _cuda_(y, x, *pool.tensors, *routing.tensors, tiles)
 
 

@@ -93,7 +93,7 @@ class Case:
         from lora_fuse.kernels.sparse_delta import launches
 
         if "tiles" not in self.__dict__:
-            self.tiles = build_tiles(self.routing.segment_starts, self.shape.rows)
+            self.tiles = build_tiles(self.routing.rows, self.routing.segment_starts)
         for launch in launches(y, self.x, self.tables[i].tensor, self.routing.tensors, self.tiles, _backend()):
             launch.run()
 

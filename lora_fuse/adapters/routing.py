@@ -50,7 +50,7 @@ class Routing:
 
     @property
     def tiles(self) -> Tensor | None:
-        """``[num_tiles, 4]`` int32: slot, first pair, pairs of each tile that CUDA kernels work on; elsewhere None, or
+        """``[num_tiles, 4]`` int32, ``kernels.routing.build_tiles``: what CUDA kernels work on; elsewhere None, or
         not empty where the routing is padded, which is all that the op goes by there.
 
         Built on the device, once, by the first layer that asks.
@@ -58,7 +58,7 @@ class Routing:
         if "_tiles" not in self.__dict__:
             if self.rows.device.type != "cuda":
                 return self.rows.new_full((1, 4), -1) if self.padded else None
-            object.__setattr__(self, "_tiles", build_tiles(self.segment_starts, self.num_pairs))
+            object.__setattr__(self, "_tiles", build_tiles(self.rows, self.segment_starts))
         return self.__dict__["_tiles"]  # type: ignore[no-any-return]
 
     @property

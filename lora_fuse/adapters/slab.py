@@ -85,7 +85,8 @@ class SlabLayout:
         else:
             self._write_unread(slab, routing)
         if _has_kernels(slab.device):
-            build_tiles(self.split(slab)[2], self.num_pairs, self.split(slab)[5])
+            rows, _, segment_starts, _, _, tiles = self.split(slab)
+            build_tiles(rows, segment_starts, tiles)
 
     def _write_unread(self, slab: Tensor, routing: Routing) -> None:
         rows, weights, segment_starts, row_starts, row_pairs, _ = self.split(slab)

@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_fuse.kernels.fused_linear_plan import COUNTERS, CUTS, Plan, plan
 from lora_fuse.kernels.launch import Launch
 from lora_fuse.kernels.routing import TILE_FIELDS
+from lora_fuse.kernels.shrink import load_tile
 
 
 @triton.jit
@@ -50,15 +51,11 @@ def _shrink_items(
     rank_blocks = tl.cdiv(max_rank, 16)
     for item in range(tl.program_id(0), items, shrinkers):
         cut = item % NUM_CUTS
-        at = tiles + item // (NUM_CUTS * rank_blocks) * FIELDS
-        slot = tl.load(at)
+        slot, pairs, live, row = load_tile(item // (NUM_CUTS * rank_blocks), tiles, rows, FIELDS, 16)
         first_rank = item // NUM_CUTS % rank_blocks * 16
         if slot >= 0:
-            rank = tl.load(slot_rank + slot) - first_rank
+            rank = tl.minimum(tl.load(slot_rank + slot), max_rank) - first_rank
             if rank > 0:
-                pairs = tl.load(at + 1) + offs_p
-                live = offs_p < tl.load(at + 2)
-                row = tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
                 x_at = x + row[:, None] * x_stride + offs_k[None, :]
                 a_row = slot.to(tl.int64) * max_rank + first_rank + offs_p
                 a_at = pool_a + a_row[None, :] * a_stride + offs_k[:, None]
@@ -128,7 +125,7 @@ def _lora_part(
             pair = begin
         slot = tl.sum((ends[None, :] <= pair[:, None]).to(tl.int32), 1)
         slot = tl.where(here, slot, 0)
-        rank = tl.load(slot_rank + slot, mask=here, other=0)
+        rank = tl.minimum(tl.load(slot_rank + slot, mask=here, other=0), max_rank)
         scale = tl.load(slot_scaling + slot, mask=here, other=0.0)
         if HAS_WEIGHTS:
             scale *= tl.load(weights + pair, mask=here, other=0.0)
@@ -330,7 +327,7 @@ def launch(
         weight: ``[out_features, in_features]``, unit last stride.
         pool: ``(pool_a, pool_b, slot_rank, slot_scaling)``.
         routing: ``(rows, weights, segment_starts, row_starts, row_pairs)``.
-        tiles: ``build_tiles(segment_starts, num_pairs)``.
+        tiles: ``build_tiles(rows, segment_starts)``.
         counters: ``num_counters(out_features)`` int32 zeros, which are zeros again afterwards; not for two launches at
             the same time.
         chosen: in place of the shipped plan.

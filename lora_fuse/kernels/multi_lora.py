@@ -52,7 +52,7 @@ def launches(
         x: ``[num_rows, in_features]``, unit last stride; dtype of ``out`` and of the pools.
         slices: one to three, with pools of the same ranks, slots and row strides of A.
         routing: ``(rows, weights, segment_starts, row_starts, row_pairs)``.
-        tiles: ``build_tiles(segment_starts, num_pairs)``.
+        tiles: ``build_tiles(rows, segment_starts)``.
         backend: Triton's name of the device kind.
         chosen: in place of the shipped plan.
     """

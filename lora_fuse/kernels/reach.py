@@ -121,7 +121,7 @@ def routing_launches(num_slots: int, most_rows: int, most_pairs: int) -> Iterato
         return [sort_launch(_ints(num_rows), _ints(num_rows), starts, _ints(1))]
 
     def tiles(num_pairs: int) -> list[Launch]:
-        return [tiles_launch(starts, _ints(tile_capacity(num_pairs, num_slots), 4), num_pairs)]
+        return [tiles_launch(_ints(num_pairs), starts, _ints(tile_capacity(num_pairs, num_slots), 4))]
 
     for made, most in ((sort, most_rows), (tiles, most_rows * most_pairs)):
         for size in sizes_of_each(made, 1, most):

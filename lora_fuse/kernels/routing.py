@@ -10,7 +10,9 @@ from torch import Tensor
 from lora_fuse.kernels.configs import tile_capacity, tile_rows
 from lora_fuse.kernels.launch import Launch, on_device
 
-TILE_FIELDS = 4  # slot (-1: no tile), first pair, pairs, unused: one 16-byte load
+# Slot (-1: no tile), first pair, pairs, and the row of the first pair where the others' follow it (else -1): rows that
+# all want one adapter, or each its own, are known once the tile is, with no look-up of their own.
+TILE_FIELDS = 4
 
 
 # Sizes of a batch are not specialised: every one of them would be compiled for.
@@ -43,10 +45,13 @@ def _sort_kernel(slots, rows, starts, flag, num_rows, num_slots, BLOCK: tl.const
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _tiles_kernel(starts, tiles, num_slots, capacity, ROWS: tl.constexpr, FIELDS: tl.constexpr, SLOTS: tl.constexpr):
+def _tiles_kernel(
+    rows, starts, tiles, num_slots, capacity, ROWS: tl.constexpr, FIELDS: tl.constexpr, SLOTS: tl.constexpr
+):
     """Program ``s`` writes the tiles of slot ``s``; the last one clears what is left."""
     slot = tl.program_id(0)
     offs = tl.arange(0, SLOTS)
+    offs_p = tl.arange(0, ROWS)
     first = tl.load(starts + offs, mask=offs < num_slots, other=0)
     last = tl.load(starts + 1 + offs, mask=offs < num_slots, other=0)
     needed = (last - first + ROWS - 1) // ROWS
@@ -58,7 +63,12 @@ def _tiles_kernel(starts, tiles, num_slots, capacity, ROWS: tl.constexpr, FIELDS
             to = tiles + place * FIELDS
             tl.store(to, slot)
             tl.store(to + 1, at)
-            tl.store(to + 2, tl.minimum(end - at, ROWS))
+            count = tl.minimum(end - at, ROWS)
+            tl.store(to + 2, count)
+            row = tl.load(rows + at)
+            own = tl.load(rows + at + offs_p, mask=offs_p < count, other=0)
+            breaks = tl.sum(((offs_p < count) & (own != row + offs_p)).to(tl.int32))
+            tl.store(to + 3, tl.where(breaks == 0, row, -1))
             place += 1
     else:
         for left in range(place, capacity):
@@ -91,28 +101,30 @@ def sort_launch(slots: Tensor, rows: Tensor, starts: Tensor, flag: Tensor) -> La
     return Launch(_sort_kernel, (num_slots,), args, {"BLOCK": block}, 4, 3)
 
 
-def build_tiles(segment_starts: Tensor, num_pairs: int, out: Tensor | None = None) -> Tensor:
+def build_tiles(rows: Tensor, segment_starts: Tensor, out: Tensor | None = None) -> Tensor:
     """The tiles of at most ``tile_rows(num_pairs)`` pairs that each slot's pairs are cut into.
 
     Args:
+        rows: ``[num_pairs]`` int32, the row of each pair; those from ``segment_starts[-1]`` on are not read.
         segment_starts: ``[num_slots + 1]`` int32.
-        num_pairs: how many there can be at most.
         out: where to write them, ``[tile_capacity or more, 4]`` int32.
     Returns:
-        ``[tile_capacity, 4]`` int32: slot, first pair, pairs; slot -1 where there is no tile.
+        ``[tile_capacity, 4]`` int32: slot, first pair, pairs, and the first pair's row if the others' rows follow it
+        one by one, else -1; slot -1 where there is no tile.
     """
     tiles = out
     if tiles is None:
-        capacity = tile_capacity(num_pairs, segment_starts.shape[0] - 1)
+        capacity = tile_capacity(rows.shape[0], segment_starts.shape[0] - 1)
         tiles = torch.empty(capacity, TILE_FIELDS, dtype=torch.int32, device=segment_starts.device)
     if tiles.shape[0]:
         with on_device(tiles.device):
-            tiles_launch(segment_starts, tiles, num_pairs).run()
+            tiles_launch(rows, segment_starts, tiles).run()
     return tiles
 
 
-def tiles_launch(segment_starts: Tensor, tiles: Tensor, num_pairs: int) -> Launch:
+def tiles_launch(rows: Tensor, segment_starts: Tensor, tiles: Tensor) -> Launch:
     """What ``build_tiles`` launches."""
     num_slots = segment_starts.shape[0] - 1
-    constexprs = {"ROWS": tile_rows(num_pairs), "FIELDS": TILE_FIELDS, "SLOTS": triton.next_power_of_2(num_slots)}
-    return Launch(_tiles_kernel, (num_slots + 1,), (segment_starts, tiles, num_slots, tiles.shape[0]), constexprs, 4, 3)
+    constexprs = {"ROWS": tile_rows(rows.shape[0]), "FIELDS": TILE_FIELDS, "SLOTS": triton.next_power_of_2(num_slots)}
+    args = (rows, segment_starts, tiles, num_slots, tiles.shape[0])
+    return Launch(_tiles_kernel, (num_slots + 1,), args, constexprs, 1, 3)

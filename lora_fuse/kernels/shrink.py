@@ -23,9 +23,13 @@ def load_tile(tile, tiles, rows, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr):
     """A tile's slot, pairs, which of them are there, and their rows."""
     at = tiles + tile * FIELDS
     slot = tl.load(at)
-    pairs = tl.load(at + 1) + tl.arange(0, BLOCK_M)
-    live = (tl.arange(0, BLOCK_M) < tl.load(at + 2)) & (slot >= 0)
-    return slot, pairs, live, tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_M)
+    pairs = tl.load(at + 1) + offs
+    live = (offs < tl.load(at + 2)) & (slot >= 0)
+    first = tl.load(at + 3)
+    looked_up = tl.load(rows + pairs, mask=live & (first < 0), other=0)
+    row = tl.where(first < 0, looked_up, first + offs)
+    return slot, pairs, live, tl.where(live, row, 0).to(tl.int64)
 
 
 @triton.jit

@@ -381,7 +381,7 @@ def launches(
         x: ``[num_rows, in_features]``, unit last stride; dtype of ``out`` and of the table's values.
         table: ``SlotTable.tensor``.
         routing: ``(rows, weights, segment_starts, row_starts, row_pairs)``.
-        tiles: ``build_tiles(segment_starts, num_pairs)``.
+        tiles: ``build_tiles(rows, segment_starts)``.
         backend: Triton's name of the device kind.
         chosen: in place of the shipped plan.
     """

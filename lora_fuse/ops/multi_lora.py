@@ -185,13 +185,13 @@ def without_padding(routing: RoutingTensors) -> RoutingTensors:
     return rows[:live], weights, segment_starts, row_starts, row_pairs
 
 
-def build_tiles(segment_starts: Tensor, num_pairs: int, out: Tensor | None = None) -> Tensor | None:
+def build_tiles(rows: Tensor, segment_starts: Tensor, out: Tensor | None = None) -> Tensor | None:
     """The tile list of a routing on a GPU, ``kernels.routing.build_tiles``; None where there is no Triton."""
     try:
         from lora_fuse.kernels import routing
     except ImportError:
         return None
-    return routing.build_tiles(segment_starts, num_pairs, out)
+    return routing.build_tiles(rows, segment_starts, out)
 
 
 def sort_slots(slots: Tensor, num_slots: int, flag: Tensor | None = None) -> tuple[Tensor, Tensor] | None:

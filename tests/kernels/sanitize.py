@@ -88,7 +88,7 @@ def run_multi_lora() -> None:
     for dtype in DTYPES:
         for rows, fan_in, fan_out, rank, num_slots, mixed in shapes[: None if DEVICE.type == "cuda" else 2]:
             pool, routing = pool_of(num_slots, rank, fan_in, fan_out, dtype), routing_of(rows, num_slots, mixed)
-            tiles = build_tiles(routing[2], routing[0].shape[0])
+            tiles = build_tiles(routing[0], routing[2])
             for gap in (0, 3) if DEVICE.type == "cuda" else (3,):
                 x, y = columns(rows, fan_in, dtype, gap), columns(rows, fan_out, dtype, gap)
                 multi_lora(y, x, *pool.tensors, *routing, tiles)
@@ -99,7 +99,7 @@ def run_slices() -> None:
     for dtype in DTYPES:
         for mixed in (False, True):
             routing, rows = routing_of(9, 3, mixed), 9
-            tiles = build_tiles(routing[2], routing[0].shape[0])
+            tiles = build_tiles(routing[0], routing[2])
             pools = [pool_of(3, 20, 64, width, dtype) for width in (77, 5, 130)]
             x, y = columns(rows, 64, dtype, 3), columns(rows, 77 + 9 + 5 + 130, dtype, 2)
             slices(y, x, [t for pool in pools for t in pool.tensors], [0, 86, 91], *routing, tiles)
@@ -110,7 +110,7 @@ def run_expand() -> None:
     for dtype in DTYPES:
         for mixed in (False, True):
             routing, pools = routing_of(9, 3, mixed), [pool_of(3, 20, 64, width, dtype) for width in (77, 21)]
-            tiles = build_tiles(routing[2], routing[0].shape[0])
+            tiles = build_tiles(routing[0], routing[2])
             h, y = columns(9, 2 * 60, dtype, 5), columns(9, 77 + 4 + 21, dtype, 2)
             expand(y, h, [t for pool in pools for t in pool.tensors[1:]], [0, 81], *routing, tiles)
 
@@ -120,9 +120,9 @@ def run_routing() -> None:
     for rows in (1, 100, 1501):
         slots = (torch.arange(rows, dtype=torch.int32) % 9 - 2).to(DEVICE)
         flag = torch.zeros(1, dtype=torch.int32).to(DEVICE)
-        _, starts = sort_slots(slots, 5, flag)
-        build_tiles(starts, rows)
-        build_tiles(starts, rows, torch.empty(rows + 5, 4, dtype=torch.int32, device=DEVICE))
+        order, starts = sort_slots(slots, 5, flag)
+        build_tiles(order, starts)
+        build_tiles(order, starts, torch.empty(rows + 5, 4, dtype=torch.int32, device=DEVICE))
 
 
 def run_sparse_delta() -> None:
@@ -138,7 +138,7 @@ def run_sparse_delta() -> None:
             pool = filled.to(DEVICE)
             for rows, mixed in ((3, False), (19, True), (50, False))[: None if DEVICE.type == "cuda" else 2]:
                 routing = routing_of(rows, 2, mixed)
-                tiles = build_tiles(routing[2], routing[0].shape[0])
+                tiles = build_tiles(routing[0], routing[2])
                 x, y = columns(rows, 301, dtype, 3), columns(rows, 37, dtype, 5)
                 sparse_delta(y, x, pool.handle, pool.out_features, False, True, *routing, tiles)
 
@@ -177,7 +177,7 @@ def run_fused_linear() -> None:
     for dtype in DTYPES:
         for rows, chosen in zip((5, 40), plans, strict=True):
             pool, routing = pool_of(3, 17, 130, 37, dtype), routing_of(rows, 3, rows == 5)
-            tiles = build_tiles(routing[2], routing[0].shape[0])
+            tiles = build_tiles(routing[0], routing[2])
             weight, bias = moved(torch.randn(37, 130, dtype=dtype), torch.randn(37, dtype=dtype))
             x, y = columns(rows, 130, dtype, 3), columns(rows, 37, dtype, 3)
             (counters,) = moved(torch.zeros(fused_linear.num_counters(37), dtype=torch.int32))

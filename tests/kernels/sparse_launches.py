@@ -28,7 +28,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, chunk: int = 128, most_gathered
 
 def run(out: Tensor, x: Tensor, pool: SparsePool, routing: Routing) -> Tensor:
     """As the op does on a GPU."""
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = build_tiles(routing.rows, routing.segment_starts)
     _cuda_(out, x, pool.handle, pool.out_features, False, True, *routing.tensors, tiles)
     return out
 

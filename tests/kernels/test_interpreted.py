@@ -30,7 +30,7 @@ SHAPES = [  # rows, in, out, max_rank, slots
 
 def run(out, x, pool, routing, backend="cuda", chosen=None):
     """As the op does on a GPU."""
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = build_tiles(routing.rows, routing.segment_starts)
     for launch in launches(out, x, [Slice(*pool.tensors)], routing.tensors, tiles, backend, chosen):
         launch.run()
     return out
@@ -84,7 +84,7 @@ def test_slices_have_the_bits_of_layers_alone(dtype, mixed):
     )
     starts = [0, 100, 130, 147]
     slices = [Slice(*pool.tensors, start) for pool, start in zip(pools, starts, strict=True) if pool is not None]
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = build_tiles(routing.rows, routing.segment_starts)
     shipped = plan(in_features, 187, 20, len(pairs), 3, str(dtype).removeprefix("torch."), "cuda", 3)
     for expand in (shipped.expand, replace(shipped.expand, block_n=16, steps=2)):
         got = out.clone()
@@ -146,7 +146,7 @@ class TestTheOp:
     def setup_method(self):
         self.pool = make_pool(3, 4, 24, 10, torch.float32)
         self.routing = routing_of(pairs_of(torch.tensor([0, 2, -1, 1, 1, 0])), 6, 3)
-        self.tiles = build_tiles(self.routing.segment_starts, 5)
+        self.tiles = build_tiles(self.routing.rows, self.routing.segment_starts)
         self.x = torch.randn(2, 3, 24)
 
     def call(self, out, x, routing=None, tiles=None):
@@ -230,7 +230,7 @@ def test_sort_and_tiles(rows):
     assert torch.equal(starts, want.segment_starts)
     assert torch.equal(got[: want.num_pairs], want.rows)
     assert not flag.any()
-    tiles = build_tiles(starts, rows)
+    tiles = build_tiles(got, starts)
     used = tiles[tiles[:, 0] >= 0].tolist()
     assert (tiles[len(used) :, 0] == -1).all()
     covered = [(slot, pair) for slot, first, count, _ in used for pair in range(first, first + count)]
@@ -249,3 +249,36 @@ def test_a_slot_out_of_range_raises_the_flag_and_has_no_adapter(wrong):
     assert flag.item() == 1
     assert starts.tolist() == [0, 2, 2, 2, 2, 3]
     assert rows[:3].tolist() == [0, 3, 2]
+
+
+def test_tiles_tell_rows_that_follow_each_other():
+    """Rows of one adapter, rows that each have their own, and rows with gaps: 1 and 2 pairs can have no other gap than
+    before and between them; a row that stands twice is no successor."""
+    for rows, starts, firsts in [
+        (torch.arange(40), [0, 40], [0, 16, 32]),
+        (torch.tensor([3, 0, 2]), [0, 1, 2, 3], [3, 0, 2]),
+        (torch.tensor([4, 5, 7, 0, 1, 2, 3]), [0, 3, 7], [-1, 0]),
+        (torch.tensor([2, 2, 4]), [0, 3], [-1]),
+    ]:
+        tiles = build_tiles(rows.int(), torch.tensor(starts, dtype=torch.int32))
+        assert tiles[tiles[:, 0] >= 0, 3].tolist() == firsts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_looked_up_have_the_same_bits(dtype):
+    """One adapter for all rows, and one for each row, against the same rows in tiles that say nothing of theirs."""
+    pool, x, out = make_pool(20, 12, 300, 72, dtype), torch.randn(20, 300).to(dtype), torch.randn(20, 72).to(dtype)
+    for slots in (torch.zeros(20, dtype=torch.int32), torch.arange(20).flip(0), torch.tensor([-1, 4] * 10)):
+        routing = Routing.from_slots(slots, 20)
+        tiles = build_tiles(routing.rows, routing.segment_starts)
+        wrong = torch.full_like(routing.rows, -(2**20))
+        results = []
+        for first, rows in ((tiles[:, 3], wrong if (slots[0] >= 0) else routing.rows), (-1, routing.rows)):
+            given, got = tiles.clone(), out.clone()
+            given[:, 3] = first
+            tensors = (rows, *routing.tensors[1:])
+            for launch in launches(got, x, [Slice(*pool.tensors)], tensors, given, "cuda"):
+                launch.run()
+            results.append(got)
+        assert torch.equal(*results)
+        assert not torch.equal(results[0], out)

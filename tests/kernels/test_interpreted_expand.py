@@ -17,7 +17,7 @@ DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.floa
 
 
 def run(out, h, pool, routing, backend="cuda"):
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = build_tiles(routing.rows, routing.segment_starts)
     made = expand_launches(out, h, [Slice(*pool.tensors)], routing.tensors, tiles, backend)
     for launch in made:
         launch.run()
@@ -62,7 +62,7 @@ def test_a_row_does_not_see_the_others(dtype):
     layout.write(slab, routing_of(pairs, 41, 4))
     padded, got = layout.routing(slab), wide.clone()
     tiles = layout.split(slab)[5]
-    build_tiles(padded.segment_starts, layout.num_pairs, tiles)
+    build_tiles(padded.rows, padded.segment_starts, tiles)
     for launch in expand_launches(got[:, :72], got[:, 72:], [Slice(*pool.tensors)], padded.tensors, tiles, "cuda"):
         launch.run()
     assert torch.equal(got, want)
@@ -80,7 +80,7 @@ def test_slices_have_the_bits_of_layers_alone(mixed):
     want, h = wide.clone(), wide[:, sum(widths) + 4 :]
     for i, (pool, start) in enumerate(zip(pools, starts, strict=True)):
         run(want[:, start : start + widths[i]], h[:, 60 * i : 60 * (i + 1)], pool, routing)
-    tiles = build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = build_tiles(routing.rows, routing.segment_starts)
     tensors = [t for pool in pools for t in pool.tensors[1:]]
     op_for_cuda(wide, h, tensors, starts, *routing.tensors, tiles)
     assert torch.equal(wide, want)
@@ -88,7 +88,7 @@ def test_slices_have_the_bits_of_layers_alone(mixed):
 
 def test_the_op():
     case = make_case(6, 30, 20, 4, 3, torch.float32, True)
-    tiles = build_tiles(case.routing.segment_starts, case.routing.num_pairs)
+    tiles = build_tiles(case.routing.rows, case.routing.segment_starts)
     out, h, _ = beside(case)
     args = (list(case.pool.tensors[1:]), [0], *case.routing.tensors, tiles)
     op_for_cuda(out.unflatten(0, (2, 3)), h.unflatten(0, (2, 3)), *args)

@@ -36,7 +36,7 @@ SHARED = Plan(32, 2, 32, 32, 2, 64, 4, 3, 4, 2)
 
 def run(x, weight, bias, pool, routing, chosen=None, counters=None, times=1):
     """As the op does on a GPU; nothing of what was there before may matter, and the counters are zeros again."""
-    tiles = routing.tiles if routing.padded else build_tiles(routing.segment_starts, routing.num_pairs)
+    tiles = routing.tiles if routing.padded else build_tiles(routing.rows, routing.segment_starts)
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype)
     if counters is None:
         counters = torch.zeros(num_counters(weight.shape[0]), dtype=torch.int32)
@@ -147,7 +147,7 @@ class TestTheOp:
     def setup_method(self):
         self.pool = make_pool(3, 4, 32, 10, torch.float16)
         self.routing = routing_of(pairs_of(torch.tensor([0, 2, -1, 1, 1, 0])), 6, 3)
-        self.tiles = build_tiles(self.routing.segment_starts, 5)
+        self.tiles = build_tiles(self.routing.rows, self.routing.segment_starts)
         self.weight, self.bias = layer(32, 10, torch.float16)
         self.x = torch.randn(2, 3, 32).half()
 
@@ -177,7 +177,7 @@ class TestTheOp:
         close = {"rtol": 1e-3, "atol": 4e-3}  # a rounding more
         torch.testing.assert_close(self.call(self.x, skewed), self.want(self.x), **close)
         self.routing = Routing.from_slots(torch.arange(66) % 4 - 1, 3)
-        self.tiles = build_tiles(self.routing.segment_starts, self.routing.num_pairs)
+        self.tiles = build_tiles(self.routing.rows, self.routing.segment_starts)
         many = torch.randn(66, 32).half()
         torch.testing.assert_close(self.call(many), self.want(many), **close)
         assert not launched

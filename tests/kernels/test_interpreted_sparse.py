@@ -244,7 +244,7 @@ class TestBadInput:
             rest = (runs.out_features, False, True, *args.values())
             with pytest.raises((ValueError, TypeError)) as of_cpu:
                 torch.ops.lora_fuse.sparse_delta_(*given, packed.handle, *rest)
-            tiles = build_tiles(routing.segment_starts, 4)
+            tiles = build_tiles(routing.rows, routing.segment_starts)
             with pytest.raises((ValueError, TypeError)) as of_gpu:
                 _cuda_(*given, runs.handle, *rest, tiles)
             assert (of_gpu.type, str(of_gpu.value)) == (of_cpu.type, str(of_cpu.value))

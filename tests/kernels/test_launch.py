@@ -131,7 +131,7 @@ def test_sizes_of_a_batch_choose_no_kernel_of_their_own():
         )
         return {
             specialization(m, target)
-            for m in (sort_launch(slots, slots, starts, slots), tiles_launch(starts, tiles, rows))
+            for m in (sort_launch(slots, slots, starts, slots), tiles_launch(slots, starts, tiles))
         }
 
     assert of_routing(1) == of_routing(16) == of_routing(100)

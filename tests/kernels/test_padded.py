@@ -34,7 +34,7 @@ def run(out, x, pool, routing, tiles):
 
 
 def run_exact(out, x, pool, routing):
-    return run(out, x, pool, routing, build_tiles(routing.segment_starts, routing.num_pairs))
+    return run(out, x, pool, routing, build_tiles(routing.rows, routing.segment_starts))
 
 
 def poison(layout, slab):
@@ -99,7 +99,9 @@ def test_slots_that_are_never_read_back(rows):
         for name in ("rows", "segment_starts", "row_starts", "row_pairs", "weights"):
             assert torch.equal(getattr(captured.exact(), name), getattr(want, name)), name
         assert torch.equal(run(out.clone(), x, pool, captured, captured.tiles), expected)
-        tiles = build_tiles(routing.segment_starts, rows)  # as an eager forward has it, with no mixes and no weights
+        tiles = build_tiles(
+            routing.rows, routing.segment_starts
+        )  # as an eager forward has it, with no mixes and no weights
         assert torch.equal(run(out.clone(), x, pool, routing, tiles), expected)
 
 

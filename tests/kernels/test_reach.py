@@ -47,29 +47,29 @@ class Recorder:
         for launch in launches:
             self.kernels.setdefault(specialization(launch, TARGET), self.doing)
 
-    def tiles_of(self, starts: Any, num_pairs: int, out: Any = None) -> Any:
+    def tiles_of(self, rows: Any, starts: Any, out: Any = None) -> Any:
         tiles = (
-            torch.empty(configs.tile_capacity(num_pairs, len(starts) - 1), 4, dtype=torch.int32) if out is None else out
+            torch.empty(configs.tile_capacity(len(rows), len(starts) - 1), 4, dtype=torch.int32) if out is None else out
         )
-        self.take([tiles_launch(starts, tiles, num_pairs)])
+        self.take([tiles_launch(rows, starts, tiles)])
         return tiles
 
     def call(self, x: Any, pool: Any, routing: Any, out: Any) -> Any:
         assert out is not None
         tiles = routing.__dict__.get("_tiles")
-        tiles = self.tiles_of(routing.segment_starts, routing.num_pairs) if tiles is None else tiles
+        tiles = self.tiles_of(routing.rows, routing.segment_starts) if tiles is None else tiles
         op._cuda_(out, x, *pool.tensors, *routing.tensors, tiles)
         return out
 
     def call_slices(self, out: Any, x: Any, pools: Any, starts: Any, *routing: Any) -> None:
         *tensors, tiles = routing
         if tiles is None:
-            tiles = self.tiles_of(tensors[2], len(tensors[0]))
+            tiles = self.tiles_of(tensors[0], tensors[2])
         op._cuda_slices_(out, x, pools, starts, *tensors, tiles)
 
     def expand(self, out: Any, h: Any, *args: Any) -> None:
         *others, tiles = args
-        expand._cuda_(out, h, *others, self.tiles_of(args[4], args[2].shape[0]) if tiles is None else tiles)
+        expand._cuda_(out, h, *others, self.tiles_of(args[2], args[4]) if tiles is None else tiles)
 
 
 def serve(model: Any, recorder: Recorder, features: int, swapped: Any) -> None:
