@@ -3,7 +3,7 @@
 // Rows go in chunks of 128, whose rows i, i + 32, i + 64 and i + 96 (i < 32) share a call of Philox: entry (b, r, c) of a
 // draw has the counter (32 * (r / 128) + r % 32, c, b, draw), key (low, high half of the seed), and word t = (r / 32) % 4.
 // Words 2p and 2p + 1 make a pair: u = ((w[2p] >> 9) + 1/2) 2^-23, angle = int32(w[2p + 1]) pi 2^-31, and the entries are
-// sqrt(-2 ln u) cos(angle) for t = 2p, sqrt(-2 ln u) sin(angle) for t = 2p + 1. kernels/sketch.py draws the same.
+// sqrt(-2 ln u) cos(angle) for t = 2p, sqrt(-2 ln u) sin(angle) for t = 2p + 1. kernels/normals.py draws the same.
 #pragma once
 
 #include <cstdint>

@@ -35,7 +35,7 @@ class Normals:
         flat = torch.Size(shape[:-2]).numel()
         rows, columns = shape[-2:]
         if gpu.takes_kernels(device):
-            from lora_fuse.kernels.sketch import normals
+            from lora_fuse.kernels.normals import normals
 
             return normals(self.seed, self.next_draw(), (flat, rows, columns), device).view(shape)
         out = torch.empty(flat, rows, columns)

@@ -22,6 +22,7 @@ from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_pool import SparsePool
 from lora_fuse.kernels import fused_linear, sketch
 from lora_fuse.kernels.fused_linear_plan import Plan
+from lora_fuse.kernels.normals import normals
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.kernels.topk_plan import FIELDS
 from lora_fuse.kernels.topk_tables import fills
@@ -167,7 +168,7 @@ def run_sketch() -> None:
             for given in (None, q) if DEVICE.type == "cuda" else (q if transposed else None,):
                 sketch.product(source, given, columns_of_q, transposed, (7, 1))
         sketch.squares(source)
-    sketch.normals(3, 1, (2, n, columns_of_q), DEVICE)
+    normals(3, 1, (2, n, columns_of_q), DEVICE)
 
 
 def run_fused_linear() -> None:

@@ -9,7 +9,8 @@ import torch
 from aot import TARGETS, compiled, resources
 from torch import Tensor
 
-from lora_fuse.kernels.sketch import Source, normals_launch, product_launch, squares_launch
+from lora_fuse.kernels.normals import normals_launch
+from lora_fuse.kernels.sketch import Source, product_launch, squares_launch
 
 SIDE = 4096
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_fuse import SparseMatrix, _cpu
 from lora_fuse import functional as F
-from lora_fuse.kernels.sketch import normals
+from lora_fuse.kernels.normals import normals
 from lora_fuse.ops.normals import Normals
 from lora_fuse.ops.operands import as_operand
 from lora_fuse.ops.orthonormal import orthonormal

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from lora_fuse import SparseMatrix, _cpu
 from lora_fuse import functional as F
+from lora_fuse.kernels import normals as drawing
 from lora_fuse.kernels import sketch
-from lora_fuse.kernels.sketch import (
-    Source,
-    normals,
-    normals_launch,
-    product,
-    product_launch,
-    squares,
-    squares_launch,
-)
+from lora_fuse.kernels.normals import normals, normals_launch
+from lora_fuse.kernels.sketch import Source, product, product_launch, squares, squares_launch
 from lora_fuse.ops import gpu
 from lora_fuse.ops.operands import as_operand
 from lora_fuse.ops.svd import gram_svd
@@ -34,9 +28,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """CPU tensors take the way of CUDA tensors; what the kernels were asked for."""
     calls: list[str] = []
     monkeypatch.setattr(gpu, "takes_kernels", lambda device: True)
-    for name in ("product", "squares", "normals"):
-        real = getattr(sketch, name)
-        monkeypatch.setattr(sketch, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    for module, name in ((sketch, "product"), (sketch, "squares"), (drawing, "normals")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
     return calls
 
 
