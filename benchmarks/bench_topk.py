@@ -23,7 +23,7 @@ from benchmarks import roofline
 from benchmarks.timing import interleaved_us
 from lora_fuse import _cpu, reference
 from lora_fuse.functional import magnitude_prune, sparsify, topk_mask
-from lora_fuse.ops.topk import _Call
+from lora_fuse.ops.topk_call import Call
 
 DENSITY = 0.1
 
@@ -67,7 +67,7 @@ RIVALS = {
 
 
 def select_only(x: Tensor, histogram: bool) -> Callable[[int], Any]:
-    call = _Call(x, None, DENSITY, "tensor")
+    call = Call(x, None, DENSITY, "tensor")
     return lambda _: call.select(histogram)
 
 

@@ -28,7 +28,7 @@ from lora_fuse.merging.rules import Parts, Settings, choose, settle
 from lora_fuse.merging.terms import Weights as GivenWeights
 from lora_fuse.merging.terms import by_name, read_weights
 from lora_fuse.merging.weights import Weights, WeightSource, open_weights
-from lora_fuse.ops.topk import matrix_shape
+from lora_fuse.ops.topk_call import matrix_shape
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 

@@ -13,7 +13,7 @@ from lora_fuse.merging import knots, linear, regmean, sparsify, subspace
 from lora_fuse.merging.options import Options
 from lora_fuse.merging.rules import RULES, Rule
 from lora_fuse.merging.terms import LayerTerm, Term
-from lora_fuse.ops.topk import SCOPES
+from lora_fuse.ops.topk_call import SCOPES
 
 # (module path, the parts of that layer, options) -> the merged layer, without its bias
 Combine: TypeAlias = Callable[[str, Sequence[LayerTerm], Options], LoraLayer]

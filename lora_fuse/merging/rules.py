@@ -25,7 +25,7 @@ from lora_fuse.merging.elementwise import (
 )
 from lora_fuse.merging.options import Options
 from lora_fuse.merging.terms import by_name
-from lora_fuse.ops.topk import matrix_shape
+from lora_fuse.ops.topk_call import matrix_shape
 
 # (which task vector, first row, row after the last) -> [rows, cols], fp32 or fp64, which may be overwritten
 Blocks: TypeAlias = Callable[[int, int, int], Tensor]

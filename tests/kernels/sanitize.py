@@ -32,7 +32,7 @@ from lora_fuse.ops.expand import _cuda_ as expand
 from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
 from lora_fuse.ops.multi_lora import _cuda_slices_ as slices
 from lora_fuse.ops.sparse_delta import _cuda_ as sparse_delta
-from lora_fuse.ops.topk import _Call
+from lora_fuse.ops.topk_call import Call
 from lora_fuse.sparse import SparseMatrix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,7 +212,7 @@ def run_topk() -> None:
             form = "mask" if scope == "global" else "dense"
             topk_cases.run(xs, 0.3, scope, minus, form, guarded=scope == "row", plan=plan)
             if margin > 0:  # a bitmap, or columns
-                _Call(xs, minus, 0.01 if scope == "tensor" else 0.3, scope).matrices_on_gpu(scope == "row")
+                Call(xs, minus, 0.01 if scope == "tensor" else 0.3, scope).matrices_on_gpu(scope == "row")
     table = torch.zeros(3, len(FIELDS), dtype=torch.int64, device=DEVICE)
     for launch in fills(table, [[row] * len(FIELDS) for row in range(3)]):  # as they are where a graph is captured
         launch.run()

@@ -9,7 +9,7 @@ from topk_cases import INF, KINDS, SHAPES, bits, check, run
 from lora_fuse.functional import magnitude_prune, sparsify, topk_mask
 from lora_fuse.kernels.topk import select
 from lora_fuse.kernels.topk_plan import Plan
-from lora_fuse.ops.topk import KERNEL_DTYPES, SCOPES, _Call
+from lora_fuse.ops.topk_call import KERNEL_DTYPES, SCOPES, Call
 
 pytestmark = pytest.mark.gpu
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in KERNEL_DTYPES]
@@ -71,7 +71,7 @@ def test_the_op_goes_by_the_kernels(scope):
     xs = [torch.randn(30, 400), torch.randn(5, 9000)]
     minus = [torch.randn_like(x) for x in xs]
     there, subtracted = [x.cuda() for x in xs], [m.cuda() for m in minus]
-    assert _Call(there, subtracted, 0.2, scope).by_gpu_kernel
+    assert Call(there, subtracted, 0.2, scope).by_gpu_kernel
     masks = topk_mask(there, 0.2, scope, minus=subtracted), topk_mask(xs, 0.2, scope, minus=minus)
     for got, want in zip(*masks, strict=True):
         assert torch.equal(got.cpu(), want)
@@ -126,7 +126,7 @@ def test_graphs_follow_their_inputs(scope):
 def test_launches_wait_for_nothing():
     xs = [torch.randn(64, 512, device="cuda"), torch.randn(7, 30_000, device="cuda")]
     run(xs, 0.1, "tensor")
-    call = _Call(xs, None, 0.1, "tensor")
+    call = Call(xs, None, 0.1, "tensor")
     outs = [torch.empty_like(x, dtype=torch.bool) for x in xs]
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -12,7 +12,7 @@ from lora_fuse.kernels.topk import select
 from lora_fuse.kernels.topk_plan import FAILED, FIELDS, STATE, Plan
 from lora_fuse.kernels.topk_settle import _pick_kernel
 from lora_fuse.kernels.topk_tables import fills, items_of
-from lora_fuse.ops.topk import KERNEL_DTYPES, SCOPES, _Call
+from lora_fuse.ops.topk_call import KERNEL_DTYPES, SCOPES, Call
 
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in KERNEL_DTYPES]
 
@@ -142,7 +142,7 @@ class TestTheOp:
 
     @pytest.fixture(autouse=True)
     def on_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_Call, "by_gpu_kernel", property(lambda call: call.by_kernel))
+        monkeypatch.setattr(Call, "by_gpu_kernel", property(lambda call: call.by_kernel))
 
     def test_results_are_the_cpus(self, monkeypatch):
         x, minus = torch.randn(5, 4, 9), torch.randn(5, 4, 9)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_fuse.functional import magnitude_prune, topk_mask
 from lora_fuse.kernels.topk import select
 from lora_fuse.kernels.topk_plan import Plan
-from lora_fuse.ops.topk import _Call
+from lora_fuse.ops.topk_call import Call
 
 INF = float("inf")
 SMALL = Plan(tile=512, row=64, samples=128, draw=64, whole=500, pick=64, pool=1500)  # every step at small sizes
@@ -32,7 +32,7 @@ def bits(t: Tensor) -> Tensor:
 
 def run(xs, density, scope, minus=None, form="mask", outs=None, guarded=False, plan=None, k=None) -> list[Tensor]:
     """What the op has launched; raises where there is NaN."""
-    call = _Call(xs, minus, density, scope)
+    call = Call(xs, minus, density, scope)
     ks = call.ks if k is None else [k] * len(call.ks)
     if outs is None:
         dtypes = [torch.bool if form == "mask" else x.dtype for x in xs]

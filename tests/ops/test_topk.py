@@ -10,7 +10,7 @@ import torch
 
 from lora_fuse import _cpu, reference
 from lora_fuse.functional import magnitude_prune, sparsify, topk_mask
-from lora_fuse.ops.topk import KERNEL_DTYPES, SCOPES, _Call
+from lora_fuse.ops.topk_call import KERNEL_DTYPES, SCOPES, Call
 
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in KERNEL_DTYPES]
 INF = float("inf")
@@ -40,7 +40,7 @@ def difference(x, minus):
 def check(xs, density, scope, minus=None, *, by_kernel=True) -> None:
     """All three outputs against the reference, bit for bit."""
     want = reference.topk_mask(xs, density, scope, minus)
-    call = _Call(xs, minus, density, scope)
+    call = Call(xs, minus, density, scope)
     assert call.by_kernel == by_kernel
     if scope == "global":
         assert sum(int(m.sum()) for m in want) == int(density * sum(x.numel() for x in xs))
@@ -147,7 +147,7 @@ def test_both_methods_find_the_same_set(isa, kind, histogram):
         x = kind(n).clamp(max=6e4).to(dtype) if dtype == torch.float16 else kind(n).to(dtype)
         order = x.float().abs().sort(descending=True, stable=True).indices
         for k in (1, 2, 4_001, 13_334, n - 1):
-            call = _Call(x, None, 1.0, "tensor")
+            call = Call(x, None, 1.0, "tensor")
             call.ks = [k]
             mask = torch.empty(n, dtype=torch.bool)
             call.select(histogram).write_mask([mask], 2)
@@ -160,7 +160,7 @@ def test_a_sample_that_misleads(isa):
     """Entries that the sample's places avoid: the bracket misses the threshold, the histograms find it."""
     n = 1 << 18
     x = torch.rand(n) + 1
-    call = _Call(x, None, 0.5, "tensor")
+    call = Call(x, None, 0.5, "tensor")
     call.ks = [1000]
     x[torch.randperm(n)[:3000]] = 0.5 + torch.rand(3000) * 1e-3  # 1.1 %, far below the rest
     for k in (n - 1500, n - 2999, n - 1):
