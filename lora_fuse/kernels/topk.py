@@ -169,13 +169,14 @@ class _Making:
                 args += (table.count, self.listed)
                 self.add(_count_kernel, table.programs, table, args, own, 8, registers)
             table = self.tiled(part)
+            registers = 128 if backend == "cuda" else None  # or ptxas spills a few to reach the next step of occupancy
             programs = max(settle_programs(i.row["entries"], plan.tile) for i in part)
             grid = programs * _groups(part)
             args = (self.state, self.limits, found, picked, table.count, programs)
             own = {"PICK": plan.pick, "BLOCK": min(plan.pick, 2048)}
-            self.add(_pick_kernel, grid, table, args, own, 8)
+            self.add(_pick_kernel, grid, table, args, own, 8, registers)
             args = (self.state, self.limits, found, *of_tiles, table.count, programs)
-            self.add(_cut_kernel, grid, table, args, {"TILE": plan.tile}, 8)
+            self.add(_cut_kernel, grid, table, args, {"TILE": plan.tile}, 8, registers)
 
     def whole_rows(self, items: list[Item], form: str, guarded: bool) -> None:
         """Rows that fit on chip: all in one pass, or, guarded, after one that looks for NaN."""

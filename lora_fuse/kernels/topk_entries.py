@@ -44,26 +44,27 @@ def tensor_of(table, number, tensors, COLUMN: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def places(pointer, offs, ALIGNED: tl.constexpr):
-    """``pointer + offs``; ALIGNED: runs of it begin at multiples of 16 bytes, which an address from a table hides."""
-    at = pointer + offs
+def pointer_of(address, BYTES: tl.constexpr, ALIGNED: tl.constexpr):
+    """To integers of so many bytes; ALIGNED: the address is a multiple of 16, which one from a table hides.
+
+    Said where the pointer is made: of a function's argument it is forgotten, by Triton 3.6 on AMD of a tensor too.
+    """
+    if BYTES == 4:
+        pointer = address.to(tl.pointer_type(tl.int32))
+    elif BYTES == 2:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int8))
     if ALIGNED:
-        if len(offs.shape) == 1:
-            at = tl.multiple_of(at, 16)
-        else:
-            at = tl.multiple_of(at, (16, 16))
-    return at
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
 def raw_entries(address, offs, mask, full, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Entries at an address; ``full``: all of them are there. A mask of any length would forbid wide loads."""
-    if DTYPE == 0:
-        pointer = address.to(tl.pointer_type(tl.int32))
-    else:
-        pointer = address.to(tl.pointer_type(tl.int16))
-    at = places(pointer, offs, ALIGNED)
-    if full:
+    at = pointer_of(address, 4 if DTYPE == 0 else 2, ALIGNED) + offs
+    if ALIGNED and full:
         raw = tl.load(at)
     else:
         raw = tl.load(at, mask=mask, other=0)

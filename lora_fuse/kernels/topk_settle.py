@@ -45,9 +45,7 @@ from lora_fuse.kernels.topk_entries import (
 def group_of(table, within, tensors, TENSORS: tl.constexpr):
     """A group by its place in a table: its number, its (first) tensor and its row there."""
     group = within + tl.load(table + GROUP)
-    tensor = tensor_of(table, group, tensors, GROUP, TENSORS)
-    if tl.load(table + GROUP_STEP) == 0:
-        tensor = table
+    tensor = tensor_of(table, group, tl.where(tl.load(table + GROUP_STEP) == 0, 1, tensors), GROUP, TENSORS)
     return group, tensor, group - tl.load(tensor + GROUP)
 
 
@@ -79,15 +77,15 @@ def _pick_kernel(
     size = tl.load(state + FOUND)
     offs = tl.arange(0, BLOCK)
     for begin in range(program.to(tl.int64) * BLOCK, size, programs * BLOCK):
-        keys = tl.load(found + begin + offs, mask=begin + offs < size, other=-2).to(tl.int32)
+        live = offs < tl.minimum(size - begin, BLOCK).to(tl.int32)
+        keys = tl.load(found + begin + offs, mask=live, other=-2).to(tl.int32)
         inside = (keys >= low) & (keys <= high)
         order = tl.cumsum(inside.to(tl.int32), 0)
         count = tl.max(order)
         if count > 0:
             place = tl.atomic_add(state + PICKED, count.to(tl.int64))
-            tl.store(
-                picked + place + order - 1, keys.to(picked.dtype.element_ty), mask=inside & (place + order <= PICK)
-            )
+            fits = inside & (order <= tl.maximum(PICK - place, 0).to(tl.int32))
+            tl.store(picked + (place - 1) + order, keys.to(picked.dtype.element_ty), mask=fits)
             tl.atomic_max(state + MOST, tl.max(tl.where(inside, keys - low + 1, 0)).to(tl.int64))
             tl.atomic_max(state + LEAST, tl.max(tl.where(inside, high - keys + 1, 0)).to(tl.int64))
     if is_last(state + GATHERED, programs):
@@ -95,12 +93,13 @@ def _pick_kernel(
         bottom = high + 1 - tl.load(state + LEAST, cache_modifier=".cg").to(tl.int32)
         top = low - 1 + tl.load(state + MOST, cache_modifier=".cg").to(tl.int32)
         rank = tl.load(state + RANK)
-        keys_at = picked
+        address = picked.to(tl.int64)  # a choice of pointers does not compile in Triton 3.6 on AMD
         count = inside_bin
         if inside_bin > PICK:
-            keys_at = found
+            address = found.to(tl.int64)
             count = size
             rank += _reaching(found, size, high + 1, BLOCK)
+        keys_at = address.to(picked.dtype)
         low = bottom
         end = top
         while low < end:
@@ -187,7 +186,8 @@ def _reaching(keys_at, size, key, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, size, BLOCK):
-        keys = tl.load(keys_at + begin + offs, mask=begin + offs < size, other=-2, cache_modifier=".cg")
+        live = offs < tl.minimum(size - begin, BLOCK).to(tl.int32)
+        keys = tl.load(keys_at + begin + offs, mask=live, other=-2, cache_modifier=".cg")
         total += (keys >= key).to(tl.int32)
     return tl.sum(total.to(tl.int64))
 
@@ -211,7 +211,7 @@ def _count_equals(found, first, tiles, program, programs, threshold, low, high, 
             count = tl.load(counts + number, mask=live, other=0)
             for at in range(0, tl.max(count), 256):
                 own = (at + slots)[None, :] < count[:, None]
-                keys = tl.load(found + place[:, None] + (at + slots)[None, :], mask=own, other=-2)
+                keys = tl.load(found + (place[:, None] + (at + slots)[None, :]), mask=own, other=-2)
                 total += tl.sum((keys == threshold).to(tl.int32), 1)
         tl.store(equals + number, total, mask=live)
 

@@ -24,7 +24,7 @@ from lora_fuse.kernels.topk_entries import (
     address_of,
     entries,
     keys_of,
-    places,
+    pointer_of,
     rounded,
     tensor_of,
     tile_of,
@@ -49,18 +49,14 @@ def _put(
 ):
     """The mask, or the entries that are kept, at an address."""
     if FORM == 1:
-        pointer = out.to(tl.pointer_type(tl.int8))
         values = keep.to(tl.int8)
     else:
         values = raw
         if HAS_MINUS:
             values = rounded(bits, KIND)
         values = tl.where(keep, values, 0)
-        if KIND == 0:
-            pointer = out.to(tl.pointer_type(tl.int32))
-        else:
-            pointer = out.to(tl.pointer_type(tl.int16))
-    at = places(pointer, offs, ALIGNED)
+    size: tl.constexpr = 1 if FORM == 1 else (4 if KIND == 0 else 2)
+    at = pointer_of(out, size, ALIGNED) + offs
     if full:
         tl.store(at, values)
     else:
