@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cli_runs
 import pytest
 import torch
 import yaml
 from checkpoint_models import LLAMA, load, make_adapter, save_llama
-from click.testing import CliRunner, Result
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from cli_runs import state_of
+from safetensors.torch import save_file
 
 import lora_fuse as lf
-from lora_fuse import cli
+
+run, succeed = partial(cli_runs.run, "merge"), partial(cli_runs.succeed, "merge")
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +36,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in ((1, "a"), (2, "b")):
         make_adapter(LLAMA, root / "base", root / name, seed, r=3 + seed, target_modules=["q_proj", "v_proj"])
     return root
-
-
-def state_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(cli.main, ["merge", *map(str, args)])
-
-
-def succeed(*args: object) -> Result:
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def recipe(path: Path, files: Path, method: str, entries: dict[str, Any], **top: Any) -> Path:

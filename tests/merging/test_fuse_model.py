@@ -1,15 +1,15 @@
-"""fuse and unfuse: one rounding, the original bits back, nothing half done."""
+"""fuse and unfuse: one rounding, the original bits back, what rides along; the weights are PEFT's."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fuse_models import SHAPES, Net, assert_same_bits, bits, make_adapter, stored_delta
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,62 +19,6 @@ from lora_fuse.merging import fuse as fuse_module
 from lora_fuse.merging.rounding import round_stochastic
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES: dict[str, tuple[Any, ...]] = {
-    "emb": ("embedding", 70, 24),
-    "lin": ("linear", 40, 24),
-    "block.bare": ("linear", 33, 40),
-    "conv": ("conv2d", 16, 5, 3, 3),
-    "gpt": ("linear", 36, 24),
-}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bare = nn.Linear(40, 33, bias=False)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
-        self.emb, self.lin, self.block = nn.Embedding(70, 24), nn.Linear(24, 40), Block()
-        self.conv = nn.Conv2d(5, 16, 3).to(memory_format=torch.channels_last)
-        self.gpt = pytorch_utils.Conv1D(36, 24)  # stores [in, out]
-        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.norm(self.emb(ids)))
-
-
-def make_adapter(
-    scale: float = 0.05, paths: Any = SHAPES, rank: int = 4, dtype: torch.dtype = torch.float32
-) -> lf.LoraAdapter:
-    layers = {}
-    for i, path in enumerate(paths):
-        kind, *shape = SHAPES[path]
-        out, a_shape = (shape[1], (rank + i, shape[0])) if kind == "embedding" else (shape[0], (rank + i, *shape[1:]))
-        b_shape = (out, rank + i, 1, 1) if kind == "conv2d" else (out, rank + i)
-        a, b = torch.randn(a_shape, dtype=dtype), scale * torch.randn(b_shape, dtype=dtype)
-        layers[path] = LoraLayer(a, b, 1.5 / (rank + i) ** 0.5, kind)
-    return lf.LoraAdapter(layers)
-
-
-def stored_delta(adapter: lf.LoraAdapter, path: str) -> Tensor:
-    """The delta in fp64, laid out as the model stores the weight."""
-    layer = adapter.layers[path]
-    flat = layer.scaling * (layer.lora_b.double().flatten(1) @ layer.lora_a.double().flatten(1))
-    return flat.T if path in ("emb", "gpt") else flat.reshape(layer.weight_shape)
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-
-def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
-    now = model.state_dict()
-    assert now.keys() == before.keys()
-    assert all(now[k].dtype == before[k].dtype and torch.equal(now[k], before[k]) for k in before)
 
 
 @pytest.mark.parametrize("tile", [None, 50], ids=["one_tile", "many_tiles"])
@@ -320,188 +264,3 @@ def test_fuse_into_an_attached_model() -> None:
         with lf.use_adapters(model, "a"):
             torch.testing.assert_close(model(ids), want)
     assert_same_bits(model, before)
-
-
-def _raises_and_leaves(model: nn.Module, message: str, call: Callable[[], Any], error: Any = ValueError) -> None:
-    before, versions = bits(model), [p._version for p in model.parameters()]
-    with pytest.raises(error, match=message):
-        call()
-    assert_same_bits(model, before)
-    assert versions == [p._version for p in model.parameters()]
-    with pytest.raises(ValueError, match="no backup"):
-        lf.unfuse(model)
-
-
-def _changed(path: str, **changes: Any) -> lf.LoraAdapter:
-    adapter = make_adapter()
-    return replace(adapter, layers={**adapter.layers, path: replace(adapter.layers[path], **changes)})
-
-
-def _renamed(old: str, new: str) -> lf.LoraAdapter:
-    adapter = make_adapter()
-    return replace(adapter, layers={new if p == old else p: layer for p, layer in adapter.layers.items()})
-
-
-BAD = {
-    "missing module": (lambda: make_adapter_at("block.gone"), {}, r"Net has no module at 1 path.*'block.gone'"),
-    "wrong kind of module": (lambda: _renamed("lin", "norm"), {}, "'norm': cannot fuse into a LayerNorm"),
-    "wrong factors": (lambda: _renamed("emb", "head"), {}, "'head': the adapter has embedding factors"),
-    "wrong shape": (lambda: _renamed("lin", "head"), {}, r"'head': .*\(40, 24\).*\(3, 24\)"),
-    "nan": (lambda: _changed("gpt", lora_a=torch.full((8, 24), torch.nan)), {}, "'gpt': lora_a has NaN"),
-    "bias without a bias": (lambda: _changed("block.bare", lora_bias=torch.ones(33)), {}, "'block.bare'.*has no bias"),
-    "dora weighted": (lambda: _changed("lin", magnitude=torch.ones(40)), {"weights": [0.5]}, "uses DoRA"),
-    "head of another width": (
-        lambda: replace(make_adapter(), modules_to_save={"head": {"weight": torch.ones(4, 24)}}),
-        {},
-        r"head.weight: .*\(4, 24\).*\(3, 24\)",
-    ),
-    "head and layer": (
-        lambda: replace(make_adapter(), modules_to_save={"lin": {"weight": torch.ones(40, 24)}}),
-        {},
-        "lin.weight: the adapter both replaces it",
-    ),
-    "nan in a head": (
-        lambda: replace(make_adapter(), modules_to_save={"head": {"weight": torch.full((3, 24), torch.inf)}}),
-        {},
-        "head.weight: .*infinite",
-    ),
-    "token out of range": (
-        lambda: replace(make_adapter(), trainable_tokens={"emb": (torch.tensor([70]), torch.ones(1, 24))}),
-        {},
-        r"emb: trainable tokens .*\[70\]",
-    ),
-    "rounding": (make_adapter, {"rounding": "up"}, "rounding: expected 'nearest' or 'stochastic'"),
-    "weights": (make_adapter, {"weights": [1.0, 2.0]}, "weights: expected 1"),
-}
-
-
-def make_adapter_at(path: str) -> lf.LoraAdapter:
-    return lf.LoraAdapter({path: LoraLayer(torch.ones(2, 3), torch.ones(3, 2), 1.0)})
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_changes_nothing(case: str) -> None:
-    make, kwargs, message = BAD[case]
-    model = Net()
-    _raises_and_leaves(model, message, lambda: lf.fuse(model, [make()], **kwargs))
-
-
-def test_overflow_and_interrupts_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net().half()
-    before = bits(model)
-    huge = _changed("gpt", lora_b=torch.full((36, 8), 6e4))
-    for backup in (True, False):
-        with pytest.raises(ValueError, match=r"gpt.weight: the fused value is not finite in torch.float16"):
-            lf.fuse(model, huge, backup=backup)
-        assert_same_bits(model, before)
-    with pytest.raises(ValueError, match="no backup"):
-        lf.unfuse(model)
-
-    lf.fuse(model, make_adapter())
-    fused = bits(model)
-    run, calls = fuse_module._Write.run, []
-
-    def interrupted(self: Any, round_to: Any) -> None:
-        run(self, round_to)
-        calls.append(self.name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(fuse_module._Write, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        lf.fuse(model, make_adapter())
-    assert_same_bits(model, fused)
-    lf.unfuse(model)
-    assert_same_bits(model, before)
-
-
-def test_dora_needs_the_original_weights() -> None:
-    model = lf.fuse(Net(), make_adapter())
-    with pytest.raises(ValueError, match="uses DoRA, which rescales the original weights; unfuse"):
-        lf.fuse(model, _changed("lin", magnitude=torch.ones(40)))
-
-
-def test_tied_weights() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.emb, self.head = nn.Embedding(70, 24), nn.Linear(24, 70, bias=False)
-            self.head.weight = self.emb.weight
-
-    model, adapter = Tied(), make_adapter(paths=["emb"])
-    _raises_and_leaves(model, "emb.weight: shares its memory with head.weight", lambda: lf.fuse(model, adapter))
-    before = bits(model)
-    lf.fuse(model, adapter, allow_tied=True)
-    torch.testing.assert_close(model.head.weight.double(), before["emb.weight"] + stored_delta(adapter, "emb"))
-    lf.unfuse(model)
-    assert_same_bits(model, before)
-    both = replace(adapter, layers={**adapter.layers, "head": LoraLayer(torch.ones(1, 24), torch.ones(70, 1), 1.0)})
-    _raises_and_leaves(
-        model, "emb.weight and head.weight are one tensor", lambda: lf.fuse(model, both, allow_tied=True)
-    )
-
-
-def test_views_of_one_buffer_are_not_tied_unless_they_overlap() -> None:
-    flat = torch.randn(3 * 40 * 24)
-    model = nn.ModuleDict({"lin": nn.Linear(24, 40, bias=False), "other": nn.Linear(24, 40, bias=False)})
-    adapter = make_adapter(paths=["lin"])
-    model["lin"].weight = nn.Parameter(flat[: 40 * 24].view(40, 24))
-    model["other"].weight = nn.Parameter(flat[40 * 24 : 2 * 40 * 24].view(40, 24))
-    lf.unfuse(lf.fuse(model, adapter))
-    model["other"].weight = nn.Parameter(flat[40 * 24 - 1 : 2 * 40 * 24 - 1].view(40, 24))
-    _raises_and_leaves(model, "lin.weight: shares its memory with other.weight", lambda: lf.fuse(model, adapter))
-
-
-def test_a_module_under_two_paths_is_one_module() -> None:
-    shared = nn.Linear(24, 40)
-    model = nn.ModuleDict({"first": shared, "lin": shared})
-    adapter = make_adapter(paths=["lin"])
-    lf.unfuse(lf.fuse(model, adapter))
-    twice = replace(adapter, layers={**adapter.layers, "first": adapter.layers["lin"]})
-    _raises_and_leaves(model, "are one tensor", lambda: lf.fuse(model, twice))
-
-
-class Quantised(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(24, 40)
-        self.weight = nn.Parameter(torch.zeros(480, 1, dtype=torch.uint8), requires_grad=False)
-
-
-class Subclass(Tensor):
-    pass
-
-
-def test_quantised_and_computed_weights_are_refused() -> None:
-    adapter = make_adapter(paths=["lin"])
-    quantised = nn.ModuleDict({"lin": Quantised()})
-    _raises_and_leaves(quantised, "Quantised holds it as Parameter of torch.uint8", lambda: lf.fuse(quantised, adapter))
-    other = nn.ModuleDict({"lin": nn.Linear(24, 40)})
-    other["lin"].weight = nn.Parameter(torch.zeros(40, 24).as_subclass(Subclass))
-    with pytest.raises(ValueError, match="holds it as Subclass"):
-        lf.fuse(other, adapter)
-    normed = nn.ModuleDict({"lin": torch.nn.utils.parametrizations.weight_norm(nn.Linear(24, 40))})
-    _raises_and_leaves(normed, "lin.weight: .* parametrization", lambda: lf.fuse(normed, adapter))
-    meta = nn.ModuleDict({"lin": nn.Linear(24, 40, device="meta")})
-    with pytest.raises(ValueError, match="meta device"):
-        lf.fuse(meta, adapter)
-    like = nn.ModuleDict({"lin": nn.Module()})
-    like["lin"].in_features, like["lin"].out_features = 24, 40
-    with pytest.raises(ValueError, match="serve a quantised layer with the adapter attached"):
-        lf.fuse(like, adapter)
-    grouped = nn.ModuleDict({"conv": nn.Conv2d(10, 16, 3, groups=2)})
-    wide = make_adapter(paths=["conv"])
-    layer = replace(wide.layers["conv"], lora_a=torch.randn(4, 10, 3, 3))
-    with pytest.raises(ValueError, match="groups=2, which is not supported"):
-        lf.fuse(grouped, replace(wide, layers={"conv": layer}))
-
-
-def test_unfuse_checks_before_it_writes() -> None:
-    model = lf.fuse(Net(), make_adapter())
-    fused = bits(model)
-    original = model.emb.weight
-    model.emb.weight = nn.Parameter(torch.zeros(71, 24))
-    with pytest.raises(ValueError, match=r"emb.weight: has shape \(71, 24\), but was fused as \(70, 24\)"):
-        lf.unfuse(model)
-    model.emb.weight = original
-    assert_same_bits(model, fused)
-    lf.unfuse(model)

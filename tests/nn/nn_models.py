@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_fuse import LoraAdapter
 from lora_fuse.adapters.lora import LoraLayer
 
-SIZES = {"up": (24, 40), "act": None, "down": (40, 24), "out": (24, 10)}
+PATHS = ("up", "down", "out")  # of ``Mlp``
 
 INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch.jit's, inside inductor
 

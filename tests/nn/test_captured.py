@@ -12,19 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
+from nn_models import PATHS, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
 from recorded import Graph
 from torch import Tensor, nn
 
 import lora_fuse as lf
 from lora_fuse.nn import capture, warmup
-
-PATHS = ("up", "down", "out")
-
-
-@pytest.fixture
-def bare() -> Mlp:
-    return Mlp().requires_grad_(False)
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import INDUCTOR, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
+from nn_models import INDUCTOR, PATHS, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_fuse as lf
 
-PATHS = ("up", "down", "out")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from nn_models import INDUCTOR, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
+from nn_models import INDUCTOR, PATHS, Kinds, Mlp, adapted_copy, adapter, kinds_adapter, per_row
 from recorded import Graph
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -20,7 +20,6 @@ import lora_fuse as lf
 from lora_fuse.nn import capture
 from lora_fuse.nn.serving import Serving
 
-PATHS = ("up", "down", "out")
 SELECTIONS: list[Any] = [
     ["a", None, "b"],
     [{"a": 0.3, "b": 0.7}, "b", None],
@@ -36,11 +35,6 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo", "like_a_gpu")
 def like_a_gpu() -> Iterator[None]:
     with capture.simulate("gpu"):
         yield
-
-
-@pytest.fixture
-def bare() -> Mlp:
-    return Mlp().requires_grad_(False)
 
 
 @pytest.fixture

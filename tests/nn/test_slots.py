@@ -10,20 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from nn_models import Mlp, adapted_copy, adapter, linear_layer
+from nn_models import PATHS, Mlp, adapted_copy, adapter, linear_layer
 from torch import Tensor, nn
 
 import lora_fuse as lf
 from lora_fuse import LoraAdapter
 from lora_fuse.adapters.lora import LoraLayer
 from lora_fuse.adapters.pool import AdapterPool
-
-PATHS = ("up", "down", "out")
-
-
-@pytest.fixture
-def bare() -> Mlp:
-    return Mlp().requires_grad_(False)
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
