@@ -27,6 +27,7 @@ from lora_fuse.nn.attach import add_adapter, attach, detach, remove_adapter, swa
 from lora_fuse.nn.select import adapter_slots, adapters, check, head_sizes, set_adapters, use_adapters
 from lora_fuse.nn.switch import switch_task
 from lora_fuse.nn.warmup import warmup
+from lora_fuse.ops.plans import override_plans
 from lora_fuse.sparse import SparseMatrix
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "load_peru",
     "lorahub",
     "merge",
+    "override_plans",
     "peru_fft",
     "peru_lora",
     "remove_adapter",

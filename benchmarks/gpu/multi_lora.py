@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu import measure, report, rivals
-from benchmarks.gpu.own_ways import AUGMENTED, OVERLAP, own_ways, pool_of, routing_of
+from benchmarks.gpu.own_ways import AHEAD, AUGMENTED, OVERLAP, own_ways, pool_of, routing_of
 from benchmarks.gpu.rival_ways import Factors, Problem, Way, settle, ways
 
 SITES = {
@@ -242,7 +242,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     decode = [by[str(s)] for s in DECODE if str(s) in by]
     ours, aim = report.OURS, report.target
     made = []
-    for way in (ours, OVERLAP, AUGMENTED):
+    for way in _OWN:
         most, shape = max(((_of(r, way), r["shape"]) for r in decode), default=(None, ""))
         what = "o_proj, rank 16, 1-64 rows, up to 8 adapters: most over the linear"
         made.append(aim(f"{way}: {what}", 0.22, most, note=shape))
@@ -250,7 +250,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         aim("64 rows, 64 adapters: times its byte floor", 1.8, many and many["us"][ours] / many["floor_us"]),
         aim("o_proj, 4096 rows, 8 adapters: over the linear", 0.22, prefill and prefill["overhead"][ours]),
     ]
-    for way in (ours, OVERLAP, AUGMENTED):
+    for way in _OWN:
         for rival, limit in (("vllm tuned", 1.5), ("sglang v2", 1.15)):
             made.append(_against(rows, rival, way, limit))
         raced = [(_against_best(r, way), r["shape"]) for r in rows if any(n not in _OWN for n in r["overhead"])]
@@ -261,7 +261,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*made, aim("LoRA part: PEFT's time over ours", 5.0, ratio, True, f"{len(peft)} shapes")]
 
 
-_OWN = (report.OURS, OVERLAP, AUGMENTED)
+_OWN = (report.OURS, OVERLAP, AUGMENTED, AHEAD)
 
 
 def _of(row: dict[str, Any], way: str) -> float:

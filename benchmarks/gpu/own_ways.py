@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
 from lora_fuse.nn import augmented, overlap
 
-OVERLAP, AUGMENTED = f"{report.OURS} overlap", f"{report.OURS} augmented"
+OVERLAP, AUGMENTED, AHEAD = (f"{report.OURS} {way}" for way in ("overlap", "augmented", "ahead"))
 OPTIONS = {report.OURS: {}, OVERLAP: {"overlap": True}, AUGMENTED: {"augment": True}}  # of attach
 
 
@@ -44,7 +45,7 @@ def in_interpreter(y: Tensor, x: Tensor, pool: AdapterPool, routing: Routing) ->
 
 
 def own_ways(problem: Problem, pools: list[AdapterPool], routing: Routing) -> dict[str, Way]:
-    """Those that ``attach`` would take for this shape."""
+    """Those that ``attach`` would take for this shape, and the expand that starts while the shrink runs."""
     x, (width,) = problem.x, problem.widths
 
     def alone(y: Tensor, i: int) -> None:
@@ -59,7 +60,25 @@ def own_ways(problem: Problem, pools: list[AdapterPool], routing: Routing) -> di
     room = augmented.has_room(x.shape[1], width, pools[0].pool_a.shape[0], x.itemsize)
     if room and x.shape[0] <= augmented.MOST_ROWS:
         made[AUGMENTED] = Way(None, _augmented(problem, pools, routing))
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        made[AHEAD] = Way(_ahead(x, pools, routing))
     return made
+
+
+def _ahead(x: Tensor, pools: list[AdapterPool], routing: Routing) -> Callable[[Tensor, int], None]:
+    from lora_fuse.kernels.configs import plan
+    from lora_fuse.kernels.multi_lora import Slice, launches
+
+    sizes = (pools[0].out_features, pools[0].max_rank, routing.num_pairs, pools[0].num_slots)
+    made = plan(x.shape[1], *sizes, str(x.dtype).removeprefix("torch."), "cuda", 1, x.shape[0])
+    chosen, tiles = replace(made, expand=replace(made.expand, ahead=True)), routing.tiles
+    assert tiles is not None
+
+    def alone(y: Tensor, i: int) -> None:
+        for launch in launches(y, x, [Slice(*pools[i].tensors)], routing.tensors, tiles, "cuda", chosen):
+            launch.run()
+
+    return alone
 
 
 def _overlap(problem: Problem, pools: list[AdapterPool], routing: Routing) -> Callable[[int], Tensor]:

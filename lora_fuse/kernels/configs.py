@@ -40,6 +40,7 @@ class Expand:
 
     Args:
         steps: blocks of columns that a program goes over with the same h.
+        ahead: start while the shrink runs, and wait for it (programmatic dependent launch). In no shipped plan.
     """
 
     block_m: int
@@ -49,6 +50,7 @@ class Expand:
     precision: str
     num_warps: int
     num_stages: int
+    ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,10 @@
 
 h is cut into two parts that matrix instructions take, unless it comes in the dtype of B. A program keeps the h of its
 rows and goes over several blocks of columns; a row with several pairs has programs of its own.
+
+``AHEAD``: launched while the shrink runs (programmatic dependent launch, sm_90 and later). Everything but h was
+complete before the shrink began, so a program loads its tile, B and y, and then waits for the shrink to have ended.
+Every program waits, also one with nothing to do: else the launch could end, and its successor begin, before the shrink.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ import triton
 import triton.language as tl
 
 from lora_fuse.kernels.shrink import load_tile, of_slice
+
+MIX_RANKS = tl.constexpr(16)  # that a row with several pairs takes at a time: few registers
 
 
 @triton.jit
@@ -119,6 +125,7 @@ def expand_kernel(
     SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
     FIELDS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
@@ -128,6 +135,8 @@ def expand_kernel(
             row = (at % num_rows).to(tl.int64)
             begin = tl.load(row_starts + row)
             end = tl.load(row_starts + row + 1)
+            if AHEAD:
+                tl.extra.cuda.gdc_wait()
             if end - begin < 2:
                 return
             for step in range(mix_steps):
@@ -157,14 +166,19 @@ def expand_kernel(
                     PLANES,
                     HAS_WEIGHTS,
                     SLOTS,
-                    BLOCK_R,
+                    BLOCK_M,
                     BLOCK_N,
+                    PRECISION,
                 )
-                prior = tl.load(y_at + offs_n, mask=inside, other=0.0).to(tl.float32)
-                tl.store(y_at + offs_n, (prior + total).to(y.dtype.element_ty), mask=inside)
+                at_y = y_at + tl.zeros([BLOCK_M, 1], tl.int32) + offs_n[None, :]
+                here = (tl.arange(0, BLOCK_M) == 0)[:, None] & inside[None, :]
+                prior = tl.load(at_y, mask=here, other=0.0).to(tl.float32)
+                tl.store(at_y, (prior + total).to(y.dtype.element_ty), mask=here)
             return
     tile = tl.program_id(0) % num_tiles
     if tl.load(tiles + tile * FIELDS) < 0:
+        if AHEAD:
+            tl.extra.cuda.gdc_wait()
         return
     which, piece = _piece(tl.program_id(0) // num_tiles, BLOCK_N * steps, width_0, width_1, SLICES)
     slot, pairs, live, row = load_tile(tile, tiles, rows, FIELDS, BLOCK_M)
@@ -173,6 +187,8 @@ def expand_kernel(
         live = live & (own == 1)
     rank = tl.minimum(tl.load(of_slice(which, slot_rank_0, slot_rank_1, slot_rank_2, SLICES) + slot), max_rank)
     if rank == 0:
+        if AHEAD:
+            tl.extra.cuda.gdc_wait()
         return
     width = of_slice(which, width_0, width_1, width_2, SLICES)
     b_stride = of_slice(which, b_stride_0, b_stride_1, b_stride_2, SLICES)
@@ -185,21 +201,36 @@ def expand_kernel(
         h_at = h + row[:, None] * h_stride + (which * num_slots + slot) * max_rank + offs_r[None, :]
     else:
         h_at = h + (which * PLANES).to(tl.int64) * h_stride + pairs[:, None].to(tl.int64) * max_rank + offs_r[None, :]
+    y_at = y + row[:, None] * y_stride + (of_slice(which, start_0, start_1, start_2, SLICES) + offs_n)[None, :]
+    b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
+    first = piece * steps * BLOCK_N
+    stop = tl.minimum(first + steps * BLOCK_N, width)
+    if AHEAD:
+        if ONE_BLOCK:
+            in_first = offs_n < width - first
+            next_prior = tl.load(y_at + first, mask=live[:, None] & in_first[None, :], other=0.0)
+            next_b = tl.load(b_at + first, mask=(offs_r < rank)[:, None] & in_first[None, :], other=0.0)
+        tl.extra.cuda.gdc_wait()
     if ONE_BLOCK:
         # A mask by the rank, a number read from memory, would forbid wide loads. The shrink's blocks are zero there.
         sums = _sum_planes(h_at, h_stride, live[:, None] & (offs_r[None, :] < max_rank), PLANES)
         if BY_ROW:
             sums = tl.where(offs_r[None, :] < rank, sums, 0.0)
         high, low = _parts(sums, PRECISION)
-    y_at = y + row[:, None] * y_stride + (of_slice(which, start_0, start_1, start_2, SLICES) + offs_n)[None, :]
-    b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
-    first = piece * steps * BLOCK_N
-    for n in range(first, tl.minimum(first + steps * BLOCK_N, width), BLOCK_N):
+    for n in range(first, stop, BLOCK_N):
         inside = offs_n < width - n
-        prior = tl.load(y_at + n, mask=live[:, None] & inside[None, :], other=0.0)
+        if AHEAD and ONE_BLOCK:
+            prior, b = next_prior, next_b
+            n_then = n + BLOCK_N
+            then = offs_n < stop - n_then
+            next_prior = tl.load(y_at + n_then, mask=live[:, None] & then[None, :], other=0.0)
+            next_b = tl.load(b_at + n_then, mask=(offs_r < rank)[:, None] & then[None, :], other=0.0)
+        else:
+            prior = tl.load(y_at + n, mask=live[:, None] & inside[None, :], other=0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if ONE_BLOCK:
-            b = tl.load(b_at + n, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
+            if not AHEAD:
+                b = tl.load(b_at + n, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
             acc = _dot_parts(high, low, b, acc, PRECISION)
         else:
             b_from = b_at + n
@@ -235,28 +266,36 @@ def _mix(
     PLANES: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     SLOTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """``[BLOCK_N]`` fp32: the sum over the pairs of a row that has several."""
-    offs_r = tl.arange(0, BLOCK_R)
+    """``[BLOCK_M, BLOCK_N]`` fp32, in its first row the sum over the pairs of a row that has several.
+
+    The matrix instructions of tiles add up in their own order. A plain sum would take one that hangs on how many
+    columns a thread has, so on the batch.
+    """
+    first = (tl.arange(0, BLOCK_M) == 0)[:, None]
+    offs_r = tl.arange(0, MIX_RANKS)
     offs_s = tl.arange(0, SLOTS)
     ends = tl.load(segment_starts + 1 + offs_s, mask=offs_s < num_slots, other=2147483647)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(begin, end):
         pair = tl.load(row_pairs + at).to(tl.int64)
         slot = tl.sum((ends <= pair).to(tl.int32))
         rank = tl.minimum(tl.load(slot_rank + slot), max_rank)
         b_at = b_columns[None, :] + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride
-        acc = tl.zeros([BLOCK_N], tl.float32)
-        for r in range(0, rank, BLOCK_R):
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for r in range(0, rank, MIX_RANKS):
             b = tl.load(b_at, mask=(offs_r < rank - r)[:, None] & inside[None, :], other=0.0)
-            h_at = h + (slot if BY_ROW else pair) * max_rank + r + offs_r
-            sums = tl.zeros([BLOCK_R], tl.float32)
+            h_at = h + (slot if BY_ROW else pair) * max_rank + r + tl.zeros([BLOCK_M, 1], tl.int32) + offs_r[None, :]
+            sums = tl.zeros([BLOCK_M, MIX_RANKS], tl.float32)
             for plane in range(PLANES):
-                sums += tl.load(h_at + plane * h_stride, mask=offs_r < rank - r, other=0.0).to(tl.float32)
-            acc += tl.sum(sums[:, None] * b.to(tl.float32), 0)
-            b_at += BLOCK_R * b_stride
+                mask = first & (offs_r < rank - r)[None, :]
+                sums += tl.load(h_at + plane * h_stride, mask=mask, other=0.0).to(tl.float32)
+            high, low = _parts(sums, PRECISION)
+            acc = _dot_parts(high, low, b, acc, PRECISION)
+            b_at += MIX_RANKS * b_stride
         scale = tl.load(slot_scaling + slot)
         if HAS_WEIGHTS:
             scale *= tl.load(weights + pair)

@@ -29,6 +29,7 @@ _KNOWS_LAUNCHER = triton.__version__.startswith(("3.6.", "3.7.")) and torch.vers
 # Whether launches are made without Triton's launcher, see direct.py.
 DIRECT = os.environ.get("LORA_FUSE_DIRECT_LAUNCH") == "1"
 _compiled: dict[int, Any] = {}  # every kernel that was asked for, by id
+_kept: dict[int, dict[bytes, Any]] = {}  # what ``run`` put launches into, by id
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class Launch:
     num_stages: int
     max_registers: int | None = None  # of a thread
     scratch: tuple[Tensor, ...] = ()  # among the launches' arguments: memory that holds nothing yet
+    ahead: bool = False  # may start before the launch before it has ended (programmatic dependent launch)
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True} | (
-            {"maxnreg": self.max_registers} if self.max_registers else {}
-        )
+        made = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        more = {"maxnreg": self.max_registers, "launch_pdl": self.ahead}
+        return made | {name: value for name, value in more.items() if value}
 
     @property
     def bound(self) -> tuple[Any, ...]:
@@ -241,7 +243,14 @@ def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Any])
     if key is not None and made is not None:
         if len(ready) >= _MOST_PREPARED:
             ready.clear()
+        _kept[id(ready)] = ready
         ready[key] = made
+
+
+def forget() -> None:
+    """Nothing is launched as it was before: the next call plans anew."""
+    for ready in _kept.values():
+        ready.clear()
 
 
 def pitch(rows: Tensor) -> int:

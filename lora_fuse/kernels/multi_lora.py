@@ -19,9 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_fuse.kernels.configs import SLICES, Expand, Plan, mix_steps, plan
+from lora_fuse.kernels.configs import SLICES, Expand, Plan, mix_steps
 from lora_fuse.kernels.expand import expand_kernel
 from lora_fuse.kernels.launch import Launch, pitch, run
+from lora_fuse.kernels.plan_rules import plan_by_rules
 from lora_fuse.kernels.routing import TILE_FIELDS
 from lora_fuse.kernels.shrink import shrink_kernel
 
@@ -54,7 +55,7 @@ def launches(
         routing: ``(rows, weights, segment_starts, row_starts, row_pairs)``.
         tiles: ``build_tiles(rows, segment_starts)``.
         backend: Triton's name of the device kind.
-        chosen: in place of the shipped plan.
+        chosen: in place of the shipped plan and of ``override_plans``.
     """
     rows = routing[0]
     assert rows is not None
@@ -71,7 +72,22 @@ def _plan(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) -> P
     num_slots = slices[0].slot_rank.shape[0]
     max_rank, columns = slices[0].pool_a.shape[0] // num_slots, sum(s.pool_b.shape[1] for s in slices)
     sizes = x.shape[1], columns, max_rank, num_pairs, num_slots
-    return plan(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices), x.shape[0])
+    made = plan_by_rules(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices), x.shape[0])
+    if made.expand.ahead and not starts_ahead(backend, x.device):
+        made = replace(made, expand=replace(made.expand, ahead=False))
+    return made
+
+
+def behind(launch: Launch) -> Launch:
+    """The same, begun when what is before it has ended."""
+    return replace(launch, ahead=False, constexprs={**launch.constexprs, "AHEAD": False}) if launch.ahead else launch
+
+
+def starts_ahead(backend: str, device: torch.device) -> bool:
+    """Whether a launch can begin before its predecessor has ended. Args: a CUDA device, or any for the current one."""
+    if backend != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None) >= (9, 0)
 
 
 def scratch(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str, chosen: Plan | None = None) -> Tensor:
@@ -96,7 +112,8 @@ def shrink_launch(
     """The first launch, into ``scratch``; for the others see ``launches``."""
     rows = routing[0]
     assert rows is not None
-    shrink = (chosen or _plan(x, slices, rows.shape[0], backend)).shrink
+    made = chosen or _plan(x, slices, rows.shape[0], backend)
+    shrink = made.shrink
     max_rank = slices[0].pool_a.shape[0] // slices[0].slot_rank.shape[0]
     return Launch(
         shrink_kernel,
@@ -122,6 +139,7 @@ def shrink_launch(
             "BLOCK_R": shrink.block_r,
             "BLOCK_K": shrink.block_k,
             "FIELDS": TILE_FIELDS,
+            "AHEAD": made.expand.ahead,
         },
         shrink.num_warps,
         shrink.num_stages,
@@ -163,7 +181,8 @@ def expand_launches(
         some = slices[i : i + SLICES]
         width = sum(s.pool_b.shape[1] for s in some)
         sizes = 1, width, pool_rows // num_slots, num_pairs, num_slots
-        expand = plan(*sizes, str(out.dtype).removeprefix("torch."), backend, len(some), out.shape[0]).expand
+        dtype = str(out.dtype).removeprefix("torch.")
+        expand = replace(plan_by_rules(*sizes, dtype, backend, len(some), out.shape[0]).expand, ahead=False)
         if expand.precision != "ieee":
             expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
         if width:
@@ -232,11 +251,13 @@ def _expand(
             "SLOTS": triton.next_power_of_2(num_slots),
             "PRECISION": expand.precision,
             "FIELDS": TILE_FIELDS,
+            "AHEAD": expand.ahead,
         },
         expand.num_warps,
         expand.num_stages,
         # Left alone, ptxas spills a register or two of the larger kernel to reach the next step of occupancy.
-        128 if backend == "cuda" and row_starts is not None and expand.precision != "ieee" else None,
+        128 if backend == "cuda" and row_starts is not None else None,
+        ahead=expand.ahead,
     )
 
 
@@ -297,7 +318,8 @@ def expand_pairs_(
     """The second launch of ``multi_lora_``, from what ``shrink_`` made of ``x``."""
     backend = backend_of_torch()
     made = _plan(x, slices, routing[0].shape[0], backend)  # type: ignore[union-attr]
-    run([_expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend)], operands, ready)
+    expand = _expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend)
+    run([behind(expand)], operands, ready)  # what it follows is a join of two streams
 
 
 def backend_of_torch() -> str:

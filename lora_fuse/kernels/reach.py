@@ -16,7 +16,8 @@ from lora_fuse.adapters.sparse_runs import TABLE_FIELDS
 from lora_fuse.kernels import sparse_delta
 from lora_fuse.kernels.configs import tile_capacity
 from lora_fuse.kernels.launch import Launch
-from lora_fuse.kernels.multi_lora import Slice, expand_launches, slice_launches
+from lora_fuse.kernels.multi_lora import Slice, behind, expand_launches, slice_launches
+from lora_fuse.kernels.plan_rules import bounds
 from lora_fuse.kernels.routing import sort_launch, tiles_launch
 
 Sized = Callable[[int], list[Launch]]
@@ -35,7 +36,7 @@ def sizes_of_each(made: Sized, least: int, most: int) -> list[int]:
 
     found, before, size = [least], what(least), least
     while size < most:
-        tried = min(size + max(size // _EVERY, 1), most)
+        tried = min(size + max(size // _EVERY, 1), most, *[b for b in bounds() if b > size])
         now = what(tried)
         if now != before:
             found += _bounds(what, size, before, tried, now)
@@ -108,7 +109,8 @@ def multi_lora_launches(
     def made(num_rows: int, routing: Lists, tiles: Tensor) -> list[Launch]:
         x = torch.empty(num_rows, pool_a.shape[1], dtype=dtype, device="meta")
         out = torch.empty(num_rows, columns, dtype=dtype, device="meta")
-        return slice_launches(out, x, slices, routing, tiles, backend)
+        plain = slice_launches(out, x, slices, routing, tiles, backend)
+        return [*plain, *[behind(launch) for launch in plain if launch.ahead]]
 
     yield from _forms(made, num_slots, most_rows, most_pairs)
 

@@ -56,7 +56,10 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FIELDS: tl.constexpr,
+    AHEAD: tl.constexpr,  # the expand may start while this runs, and waits itself
 ):
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     if tl.load(tiles + tl.program_id(0) * FIELDS) < 0:
         return
     which = tl.program_id(1) % SLICES

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from aot import TARGETS, compiled, resources
 from torch import Tensor
 
 from lora_fuse.adapters.slab import SlabLayout
-from lora_fuse.kernels.configs import tile_capacity
+from lora_fuse.kernels.configs import plan, tile_capacity
 from lora_fuse.kernels.multi_lora import Slice, expand_launches, launches
 
 QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
@@ -95,3 +98,45 @@ def test_expands_beside_the_weight(name, rows, widths, rank, slots, dtype, captu
     assert found.shared <= shared
     assert found.matrix_instructions
     assert not any("wgmma" in i or "tcgen05" in i for i in found.matrix_instructions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_sum_is_in_an_order_that_the_batch_decides(dtype, own_cache):
+    """How Triton adds up along a dimension hangs on how many columns a thread has, and that on the number of rows. So
+    matrix instructions do it, and loops."""
+    target, _ = TARGETS["sm_90"]
+    for launch in launches(*arguments(16, 4096, (4096,), 20, 8, dtype, True), "cuda"):
+        reduced = re.findall(r'"tt\.reduce".*?tt\.reduce\.return', compiled(launch, target).asm["ttir"], re.DOTALL)
+        assert not [r for r in reduced if "arith.addf" in r], launch.kernel.__name__
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    ("rows", "widths", "rank", "dtype", "captured"),
+    [
+        pytest.param(16, (4096,), 16, torch.bfloat16, True, id="captured", marks=pytest.mark.slow),
+        pytest.param(16, (28672,), 64, torch.float16, False, id="fp16"),
+        pytest.param(64, QKV, 100, torch.bfloat16, False, id="qkv-rank-100", marks=pytest.mark.slow),
+    ],
+)
+def test_an_expand_that_starts_ahead(name, rows, widths, rank, dtype, captured, tmp_path, own_cache):
+    """The shrink lets it start; y and B are under way when it waits, and h is not."""
+    target, shared = TARGETS[name]
+    given = arguments(rows, 4096, widths, rank, 9, dtype, captured)
+    made = plan(
+        4096, sum(widths), rank, given[3][0].shape[0], 9, str(dtype).removeprefix("torch."), "cuda", len(widths)
+    )
+    chosen = replace(made, expand=replace(made.expand, ahead=True))
+    shrink, expand = (compiled(launch, target) for launch in launches(*given, "cuda", chosen))
+    assert expand.metadata.launch_pdl
+    assert not shrink.metadata.launch_pdl
+    assert "griddepcontrol.launch_dependents" in shrink.asm["ptx"]
+    found = resources(expand, target, tmp_path)
+    assert found.spilled == 0
+    assert found.shared <= shared
+    pieces = re.split(r"griddepcontrol\.wait", expand.asm["ptx"])
+    assert len(pieces) >= 3 + captured  # programs with nothing to do wait, too
+    at = max(i for i, piece in enumerate(pieces) if "mma.sync" in piece)
+    assert "ld.global" in pieces[at].split("mma.sync")[0]
+    if rank <= 64:
+        assert re.search(r"ld\.global\S*\.v4\.b32", pieces[at - 1])

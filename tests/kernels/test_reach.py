@@ -133,6 +133,29 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], int]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_serving_asks_for_nothing_else(kind, dtype, monkeypatch):
+    nothing_else(kind, dtype, monkeypatch)
+
+
+def test_with_plans_of_ones_own(monkeypatch):
+    """Some for one size of batch alone; the expand that starts ahead, and the one after a join of streams."""
+    monkeypatch.setattr(multi_lora, "starts_ahead", lambda *args: True)
+    rules = [
+        {"where": {"pairs": [n, n]}, "shrink": {"num_stages": 1}, "expand": {"ahead": True}} for n in (3, 40, 1300)
+    ]
+    lf.override_plans([*rules, {"where": {"in_features": 64}, "expand": {"ahead": True, "block_n": 16}}])
+    try:
+        nothing_else("packed", torch.bfloat16, monkeypatch, 6)
+        assert reach.sizes_of_each(lambda n: [SimpleNamespace(variant=n in (40, 1300))], 1, 2000)[1:5] == [
+            40,
+            41,
+            1300,
+            1301,
+        ]
+    finally:
+        lf.override_plans(None)
+
+
+def nothing_else(kind, dtype, monkeypatch, times=3):
     made, paths, features = MODELS[kind]
     bare = made().requires_grad_(False).to(dtype)
     adapters = {name: adapter(bare, paths, rank) for name, rank in (("a", 3), ("b", 5), ("c", 2))}
@@ -147,7 +170,7 @@ def test_serving_asks_for_nothing_else(kind, dtype, monkeypatch):
     assert not late
     assert {key[0].__name__ for key in recorder.kernels} == {key[0].__name__ for key in ready}
     assert len(recorder.kernels) > 10
-    assert len(ready) < 3 * len(recorder.kernels)  # what nothing asks for costs time as well
+    assert len(ready) < times * len(recorder.kernels)  # what nothing asks for costs time as well
 
 
 def test_a_batch_that_is_too_large_is_another_kernel():
