@@ -22,6 +22,7 @@ from lora_fuse.adapters.pool import AdapterPool
 from lora_fuse.adapters.sparse_pool import SparsePool
 from lora_fuse.kernels import fused_linear, sketch
 from lora_fuse.kernels.fused_linear_plan import Plan
+from lora_fuse.kernels.multi_lora import starts_ahead
 from lora_fuse.kernels.normals import normals
 from lora_fuse.kernels.routing import build_tiles, sort_slots
 from lora_fuse.kernels.topk_plan import FIELDS
@@ -31,6 +32,7 @@ from lora_fuse.ops import exchange
 from lora_fuse.ops.expand import _cuda_ as expand
 from lora_fuse.ops.multi_lora import _cuda_ as multi_lora
 from lora_fuse.ops.multi_lora import _cuda_slices_ as slices
+from lora_fuse.ops.plans import override_plans
 from lora_fuse.ops.sparse_delta import _cuda_ as sparse_delta
 from lora_fuse.ops.topk_call import Call
 from lora_fuse.sparse import SparseMatrix
@@ -104,6 +106,15 @@ def run_slices() -> None:
             pools = [pool_of(3, 20, 64, width, dtype) for width in (77, 5, 130)]
             x, y = columns(rows, 64, dtype, 3), columns(rows, 77 + 9 + 5 + 130, dtype, 2)
             slices(y, x, [t for pool in pools for t in pool.tensors], [0, 86, 91], *routing, tiles)
+
+
+def run_ahead() -> None:
+    """The expand that starts while the shrink runs, where there is a device that can."""
+    if starts_ahead("cuda", DEVICE):
+        override_plans([{"expand": {"ahead": True}}])
+        run_multi_lora()
+        run_slices()
+        override_plans(None)
 
 
 def run_expand() -> None:
@@ -221,6 +232,7 @@ def run_topk() -> None:
 LAUNCHES: list[Callable[[], None]] = [
     run_multi_lora,
     run_slices,
+    run_ahead,
     run_expand,
     run_fused_linear,
     run_routing,

@@ -57,6 +57,22 @@ def test_a_row_does_not_see_the_others(dtype):
         assert torch.equal(got, want[at])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mixed_row_does_not_see_the_others(dtype):
+    """Bitwise, from one row to batches with blocks twice as wide; and a mix of one adapter is the adapter."""
+    pool = make_pool(4, 20, 1300, 4096, dtype, [20, 0, 5, 9]).cuda()
+    x, out = torch.randn(900, 1300, device="cuda").to(dtype), torch.randn(900, 4096, device="cuda").to(dtype)
+    mix = [(0, 0.3), (2, -1.0), (3, 0.7)]
+    alone = routing_of([(0, *pair) for pair in mix], 1, 4)
+    want = multi_lora(x[:1], pool, moved(alone), out=out[:1].clone())
+    assert not torch.equal(want, out[:1])
+    for rows in (3, 40, 900):
+        others = [(row, row % 4, 1.0) for row in range(1, rows)]
+        routing = routing_of([*[(0, *pair) for pair in mix], *others], rows, 4)
+        got = multi_lora(x[:rows], pool, moved(routing), out=out[:rows].clone())
+        assert torch.equal(got[:1], want)
+
+
 def test_integers_are_exact():
     """Sums of small integers leave no room for a wrong operand, layout or instruction (triton issue 9433)."""
     pool = make_pool(2, 64, 512, 256, torch.bfloat16)
