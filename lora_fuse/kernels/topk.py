@@ -76,8 +76,9 @@ def select(
     plan = plan or Plan()
     items = items_of(xs, minus, shapes, scope, ks, outs, plan)
     long, short = [i for i in items if not i.on_chip], [i for i in items if i.on_chip]
-    making = _Making(items, len(xs), xs[0].device, minus is not None, scope == "global", plan)
-    making.find_thresholds(long, backend or ("hip" if torch.version.hip else "cuda"))
+    on_hip = (backend or ("hip" if torch.version.hip else "cuda")) == "hip"
+    making = _Making(items, len(xs), xs[0].device, minus is not None, scope == "global", on_hip, plan)
+    making.find_thresholds(long)
     making.whole_rows(short, form, guarded)
     if form != "limits":
         making.write(long, form)
@@ -89,12 +90,19 @@ class _Making:
     """The memory of a call, and its launches, whose tables are not on the device yet."""
 
     def __init__(
-        self, items: list[Item], listed: int, device: torch.device, has_minus: bool, is_global: bool, plan: Plan
+        self,
+        items: list[Item],
+        listed: int,
+        device: torch.device,
+        has_minus: bool,
+        is_global: bool,
+        on_hip: bool,
+        plan: Plan,
     ) -> None:
         self.plan, self.listed, self.device, self.is_global = plan, listed, device, is_global
         self.tables = Tables(device, plan)
         self.shift = key_shift({i.dtype for i in items}, has_minus)
-        self.shared = {"HAS_MINUS": has_minus, "KEY_SHIFT": self.shift}
+        self.shared = {"HAS_MINUS": has_minus, "KEY_SHIFT": self.shift, "HIP": on_hip}
         self.waiting: list[tuple[Any, int, Table, tuple[Any, ...], dict[str, Any], int, int | None]] = []
         groups = _groups([i for i in items if not i.on_chip])
         sizes = [groups * len(STATE), groups * BINS // 2, (listed + 2) // 2]  # int64; one fill for all that starts as 0
@@ -127,7 +135,7 @@ class _Making:
     def tiled(self, items: Sequence[Item]) -> Table:
         return self.tables.add(items, [i.row["rows"] * i.row["tiles"] for i in items])
 
-    def find_thresholds(self, items: list[Item], backend: str) -> None:
+    def find_thresholds(self, items: list[Item]) -> None:
         """The passes over groups that do not fit on chip, as many groups at a time as there is room for."""
         if not items:
             return
@@ -163,13 +171,13 @@ class _Making:
                     self.add(_sample_kernel, table.draws, table, args, own, 8)
             own = {"TILE": plan.tile, "ROUND": _ROUND}
             # Four programs of a multiprocessor, so that there is always one that reads; with minus they would spill.
-            registers = 64 if backend == "cuda" and not self.shared["HAS_MINUS"] else None
+            registers = None if self.shared["HIP"] or self.shared["HAS_MINUS"] else 64
             for table in tables:
                 args = (self.state, self.limits, self.bins, found, places, counts, at_ends, self.flags)
                 args += (table.count, self.listed)
                 self.add(_count_kernel, table.programs, table, args, own, 8, registers)
             table = self.tiled(part)
-            registers = 128 if backend == "cuda" else None  # or ptxas spills a few to reach the next step of occupancy
+            registers = None if self.shared["HIP"] else 128  # or ptxas spills a few to reach the next step of occupancy
             programs = max(settle_programs(i.row["entries"], plan.tile) for i in part)
             grid = programs * _groups(part)
             args = (self.state, self.limits, found, picked, table.count, programs)

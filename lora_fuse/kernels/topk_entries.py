@@ -150,9 +150,21 @@ def tile_keys(
 
 
 @triton.jit
-def is_last(counter, programs):
-    """Whether all others have come by; then what they wrote can be read (past the first cache)."""
+def barrier_of_stores(HIP: tl.constexpr):
+    """A barrier after which one thread's atomic releases what all threads have stored.
+
+    PTX's memory model says so of any barrier. AMD's waits for no store, nor does a release for those of other waves.
+    """
+    if HIP:  # gfx9, where this counter is that of stores too
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)"
+        tl.inline_asm_elementwise(wait, "=v,0,~{memory}", [0], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+
+
+@triton.jit
+def is_last(counter, programs, HIP: tl.constexpr):
+    """Whether all others have come by; then what they wrote can be read (past the first cache)."""
+    barrier_of_stores(HIP)
     return tl.atomic_add(counter, 1) == programs - 1
 
 

@@ -61,6 +61,7 @@ def _pick_kernel(
     TENSORS: tl.constexpr,
     PICK: tl.constexpr,
     BLOCK: tl.constexpr,
+    HIP: tl.constexpr,
 ):
     """From a bin to the threshold: the keys of the bin are taken out of those found, and one program picks."""
     program = tl.program_id(0) % programs
@@ -88,7 +89,7 @@ def _pick_kernel(
             tl.store(picked + (place - 1) + order, keys.to(picked.dtype.element_ty), mask=fits)
             tl.atomic_max(state + MOST, tl.max(tl.where(inside, keys - low + 1, 0)).to(tl.int64))
             tl.atomic_max(state + LEAST, tl.max(tl.where(inside, high - keys + 1, 0)).to(tl.int64))
-    if is_last(state + GATHERED, programs):
+    if is_last(state + GATHERED, programs, HIP):
         inside_bin = tl.load(state + PICKED, cache_modifier=".cg")
         bottom = high + 1 - tl.load(state + LEAST, cache_modifier=".cg").to(tl.int32)
         top = low - 1 + tl.load(state + MOST, cache_modifier=".cg").to(tl.int32)
@@ -132,6 +133,7 @@ def _cut_kernel(
     HAS_MINUS: tl.constexpr,
     KEY_SHIFT: tl.constexpr,
     TILE: tl.constexpr,
+    HIP: tl.constexpr,
 ):
     """From the threshold to the place behind the last of its equals that is kept."""
     program = tl.program_id(0) % programs
@@ -150,7 +152,7 @@ def _cut_kernel(
         low = tl.load(at_state + LOW).to(tl.int32) - 1
         high = tl.load(at_state + HIGH).to(tl.int32) + top + 1
         _count_equals(own, first, tiles, program, programs, threshold, low, high, places, counts, at_ends, equals)
-        ready = is_last(at_state + SETTLED, programs)
+        ready = is_last(at_state + SETTLED, programs, HIP)
     elif (status == FAILED) & (program == 0):  # alone, by bisection over all entries
         rank = tl.load(tensor + KEEP)
         threshold = 0

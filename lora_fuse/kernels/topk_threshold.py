@@ -51,6 +51,7 @@ from lora_fuse.kernels.topk_entries import (
     TILES,
     X,
     address_of,
+    barrier_of_stores,
     entries,
     is_last,
     keys_of,
@@ -75,6 +76,7 @@ def _sample_kernel(
     KEY_SHIFT: tl.constexpr,
     DRAW: tl.constexpr,
     SAMPLE: tl.constexpr,
+    HIP: tl.constexpr,
 ):
     """An entry from each of equal stretches of a row; from all samples of a group, a bracket of its threshold."""
     tensor = tensor_of(table, tl.program_id(0), tensors, FIRST_DRAW, TENSORS)
@@ -101,7 +103,7 @@ def _sample_kernel(
     )
     at_state = state + group * STATE_WIDTH
     counter = at_state + DRAWN
-    tl.debug_barrier()
+    barrier_of_stores(HIP)
     mine = tl.sum(live.to(tl.int64))
     if tl.atomic_add(counter, mine) + mine == of_group:
         offs = tl.arange(0, SAMPLE)
@@ -166,6 +168,7 @@ def _count_kernel(
     KEY_SHIFT: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
+    HIP: tl.constexpr,
 ):
     """The pass over all entries."""
     tensor = tensor_of(table, tl.program_id(0), tensors, FIRST_PROGRAM, TENSORS)
@@ -222,7 +225,7 @@ def _count_kernel(
             tally += tl.histogram(tl.where(live, (high - 1 - again) >> shift, 0), BINS)
             tally -= tl.where(numbers == 0, ROUND - tl.minimum(count - at, ROUND), 0)
         tl.atomic_add(of_group + numbers, tally, mask=tally > 0)
-    if is_last(at_state + COUNTED, tl.load(tensor + GROUP_TILES)):
+    if is_last(at_state + COUNTED, tl.load(tensor + GROUP_TILES), HIP):
         _find_bin(at_state, limits + 2 * group, of_group, keep, size, room, low, high, shift)
 
 

@@ -73,6 +73,8 @@ def test_kernels_fit_the_device(name, dtypes, shape, scope, form, with_minus, tm
                 assert max(stores) >= (16 if target.backend == "cuda" else 8), kernel
             elif target.backend == "cuda":  # collected keys lie anywhere
                 assert max(stores, default=0) <= 8, kernel
+        if target.backend == "hip" and kernel in ("_sample_kernel", "_count_kernel", "_pick_kernel", "_cut_kernel"):
+            assert counted_after_all_stores(built.asm["amdgcn"]), kernel
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,6 +92,13 @@ def test_compact_forms_fit_the_device(name, dtype, scope, form, tmp_path, own_ca
         found = resources(compiled(launch, target), target, tmp_path)
         assert found.spilled == 0, launch.kernel.__name__
         assert found.shared <= shared, launch.kernel.__name__
+
+
+def counted_after_all_stores(text: str) -> bool:
+    """Whether each wave waits for its stores, and then for the others, before the program is counted."""
+    _, *after = re.split(r"s_waitcnt vmcnt\(0\)\n\s*;;#ASMEND", text)
+    until = [re.split("(?:global|buffer)_atomic", rest)[0] for rest in after]
+    return len(until) == 1 and "s_barrier" in until[0] and not re.search("(?:global|buffer)_store", until[0])
 
 
 def accesses(built, target, scratch: Path) -> tuple[set[int], set[int]]:
