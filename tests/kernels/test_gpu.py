@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from cases import make_case, make_pool, pairs_of, routing_of
+from gpu_runs import capture, nothing_waits, warm_up
 from nn_models import Mlp, adapter, per_row
 
 import lora_fuse as lf
@@ -115,15 +116,8 @@ class TestCapturedModels:
         return per_row(self.bare, moved_to, entries, x)
 
     def capture(self, x):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(side):
-            self.model(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            y = self.model(x)
-        return graph, y
+        warm_up(self.model, x)
+        return capture(self.model, x)
 
     def check(self, graph, y, entries, x):
         graph.replay()
@@ -152,14 +146,11 @@ class TestCapturedModels:
         x, slots = torch.randn(3, 24, device="cuda"), lf.adapter_slots(self.model)
         graph, y = self.capture(x)
         tokens = torch.tensor([slots["b"], 99, slots["a"]], dtype=torch.int32, device="cuda")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             lf.set_adapters(self.model, tokens)
             graph.replay()
             with torch.no_grad(), contextlib.suppress(ValueError):  # the device may or may not have got there
                 self.model(x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         with contextlib.suppress(ValueError):
             lf.check(self.model)
         lf.set_adapters(self.model, tokens)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from augmented_models import AUGMENTED, BOTH, PATHS, Block, block, widths
 from cases import make_pool, mixed_pairs, pairs_of, routing_of
+from gpu_runs import capture, nothing_waits, warm_up
 from nn_models import adapter, per_row
 from packed_models import ENTRIES
 from test_gpu import moved
@@ -73,11 +74,8 @@ def test_models_in_eager_mode(dtype, pack, wide, monkeypatch):
         torch.cuda.synchronize()
         with lf.use_adapters(model, ENTRIES):
             model(x)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with nothing_waits():
                 model(x)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
 
 @BOTH
@@ -91,15 +89,9 @@ def test_captured_forwards_follow_selections_and_adapters(pack, wide):
     def want(entries):
         return per_row(bare, {n: a.to(device="cuda") for n, a in adapters.items()}, entries, x)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        model(x)
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(model, x)
     del wide[:]
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = model(x)
+    graph, y = capture(model, x)
     assert wide  # the graph has the wide products
     places = {p: model.get_submodule(p).lora_pool.pool_a.data_ptr() for p in AUGMENTED}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_case, make_pool, pairs_of, routing_of
+from gpu_runs import nothing_waits
 from torch.nn.functional import linear
 
 from lora_fuse.adapters.routing import Routing
@@ -145,8 +146,5 @@ def test_nothing_waits_for_the_host():
         torch.randn(4, 512, device="cuda").bfloat16(),
     )
     multi_lora_linear(x, weight, bias, pool, routing)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         multi_lora_linear(x, weight, bias, pool, routing)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

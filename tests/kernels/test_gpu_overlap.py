@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from gpu_runs import capture, nothing_waits, warm_up
 from nn_models import adapter
 from torch import nn
 
@@ -83,11 +84,8 @@ def test_eager_forwards(kind, forks):
         with lf.use_adapters(model, ENTRIES):
             model(x)  # uploads the routing
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with nothing_waits():
                 model(x)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
 
 @KINDS
@@ -95,15 +93,9 @@ def test_captured_forwards(kind, forks):
     """The fork and the join are in the graph, which follows selections and swaps."""
     adapters, plain, model = models(kind)
     x = torch.randn(4, 2048, device="cuda").bfloat16()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        model(x)
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(model, x)
     del forks[:]
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = model(x)
+    graph, y = capture(model, x)
     assert forks
     for entries in (ENTRIES, [None] * 4, ["b", "a", "a", {"a": 1.0, "b": 1.0}]):
         for m in (model, plain):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import make_pool, mixed_pairs, pairs_of, routing_of
+from gpu_runs import capture, nothing_waits, warm_up
 from nn_models import adapter, per_row
 from packed_models import ENTRIES, PATHS, Block, close
 from triton import knobs
@@ -89,15 +90,10 @@ class TestAPackedModel:
                 assert launched.count("shrink_kernel") == launched.count("expand_kernel") == 2
 
     def test_a_graph_follows_selections_and_swaps(self, launched):
-        x, side = torch.randn(4, 3, 24, device="cuda"), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(side):
-            self.model(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        x = torch.randn(4, 3, 24, device="cuda")
+        warm_up(self.model, x)
         del launched[:]
-        with torch.no_grad(), torch.cuda.graph(graph):
-            y = self.model(x)
+        graph, y = capture(self.model, x)
         assert launched == ["shrink_kernel", "expand_kernel"] * 2
         for entries in (ENTRIES, ["b"] * 4, [None] * 4, [{"a": 1.0, "b": 0.5}] * 4):
             lf.set_adapters(self.model, entries)
@@ -113,8 +109,5 @@ class TestAPackedModel:
         lf.set_adapters(self.model, ENTRIES)
         with torch.no_grad():
             self.model(x)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with nothing_waits():
                 self.model(x)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")

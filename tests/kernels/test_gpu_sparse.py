@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from cases import mixed_pairs, pairs_of, routing_of
+from gpu_runs import capture, nothing_waits, warm_up
 from nn_models import Mlp
 from sparse_cases import make_case, make_sparse_pool
 from sparse_models import fine_tuned, materialised, model_of, sparse_adapter
@@ -115,13 +116,10 @@ def test_no_wait_and_the_same_bits_every_time():
     routing = moved(routing_of(mixed_pairs(50, 3), 50, 3))
     x = torch.randn(50, 512, device="cuda").bfloat16()
     want = sparse_delta_linear(x, pool, routing)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         got = [sparse_delta_linear(x, pool, routing) for _ in range(5)]
         leaf = x.clone().requires_grad_()
         sparse_delta_linear(leaf, pool, routing).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(y, want) for y in got)
     dense = [pool.dense(slot, torch.float32) for slot in range(3)]
     grad = torch.zeros_like(leaf, dtype=torch.float32)
@@ -224,11 +222,8 @@ def test_a_selection_on_the_device_is_not_waited_for():
     tokens = torch.tensor([-1 if n is None else places[n] for n in entries], dtype=torch.int32, device="cuda")
     with lf.use_adapters(model, tokens):
         got = model(x)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             again = model(x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     want = [(bare if n is None else materialised(bare, adapters[n])).cuda()(x)[i] for i, n in enumerate(entries)]
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-4)
     assert torch.equal(again, got)
@@ -258,12 +253,9 @@ class TestSwitchTask:
     def test_known_tasks_wait_for_nothing(self):
         for name in ("t0", "t1", None):
             lf.switch_task(self.model, name)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             for name in ("t0", "t1", None, "t1"):
                 lf.switch_task(self.model, name)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         self.check("t1")
 
     def test_moved_while_switched(self):
@@ -280,14 +272,8 @@ class TestSwitchTask:
         """Weights are written where they lie, so a graph's replays run the fine-tune."""
         x = self.x.cuda()
         lf.switch_task(self.model, None)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(side):
-            self.model(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            y = self.model(x)
+        warm_up(self.model, x)
+        graph, y = capture(self.model, x)
         for name in ("t0", "t1", None):
             lf.switch_task(self.model, name)
             graph.replay()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from gpu_runs import nothing_waits
 from torch import Tensor
 
 from lora_fuse import SparseMatrix, _cpu
@@ -17,14 +16,6 @@ from lora_fuse.ops.orthonormal import orthonormal
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture
-def nothing_waits() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def spectrum(s: Tensor, m: int, n: int) -> Tensor:
@@ -124,28 +115,25 @@ def test_error_is_near_the_optimum(decades):
 
 
 @pytest.mark.parametrize("decades", [0, 5, 8, 40])
-def test_blocks_of_any_condition_become_orthonormal_without_waiting(decades, nothing_waits):
-    torch.cuda.set_sync_debug_mode("default")
+def test_blocks_of_any_condition_become_orthonormal_without_waiting(decades):
     w = spectrum(torch.logspace(0, -decades, 72), 2000, 72).cuda().expand(3, 2000, 72).contiguous()
     before = torch.linalg.qr(torch.randn(3, 2000, 72, device=CUDA)).Q
     orthonormal(w, [before], Normals(0))  # compiles, and makes what libraries keep
-    torch.cuda.set_sync_debug_mode("error")
-    got = orthonormal(w, [before], Normals(0))
-    torch.cuda.set_sync_debug_mode("default")
+    with nothing_waits():
+        got = orthonormal(w, [before], Normals(0))
     eye = torch.eye(72, device=CUDA).expand(3, 72, 72)
     torch.testing.assert_close(got.mT @ got, eye, rtol=0, atol=5e-6)
     torch.testing.assert_close(before.mT @ got, torch.zeros_like(eye), rtol=0, atol=5e-6)
 
 
-def test_products_and_sketches_do_not_wait(nothing_waits):
-    torch.cuda.set_sync_debug_mode("default")
+def test_products_and_sketches_do_not_wait():
     x = as_operand(torch.randn(800, 700, device=CUDA).bfloat16(), "x")
     q = torch.randn(700, 72, device=CUDA)
     x.rmatmul(x.matmul(q))
     x.sketch(72, Normals(0), torch.float32)
-    torch.cuda.set_sync_debug_mode("error")
-    x.rmatmul(x.matmul(q))
-    x.sketch(72, Normals(0), torch.float32)
+    with nothing_waits():
+        x.rmatmul(x.matmul(q))
+        x.sketch(72, Normals(0), torch.float32)
 
 
 def test_rank_below_the_one_asked_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_runs import nothing_waits
 from topk_cases import INF, KINDS, SHAPES, bits, check, run
 
 from lora_fuse.functional import magnitude_prune, sparsify, topk_mask
@@ -128,12 +129,9 @@ def test_launches_wait_for_nothing():
     run(xs, 0.1, "tensor")
     call = Call(xs, None, 0.1, "tensor")
     outs = [torch.empty_like(x, dtype=torch.bool) for x in xs]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         made = select(xs, None, call.shapes, "tensor", call.ks, "mask", outs)
         made.run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert made.bad_input() == -1
     assert [int(out.sum()) for out in outs] == call.ks
 
