@@ -20,7 +20,7 @@ from lora_fuse._terminal import (
     stdout,
     user_errors,
 )
-from lora_fuse.cli.options import DTYPE, adapter_names, output, overwrite_flag, rank_text, torch_dtype
+from lora_fuse.cli.options import DTYPE, adapter_names, output, overwrite_flag, rank_text, refuse_twice, torch_dtype
 
 if TYPE_CHECKING:
     from lora_fuse.compress.extract import ExtractReport
@@ -77,8 +77,7 @@ def compress(
         sources = local_paths(adapters)
         check_output(out, overwrite, sources)
         names = adapter_names(adapters)
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"adapters: two are called {twice!r}, and each gets a folder of its name under {out}")
+        refuse_twice(names, "adapters", f"each gets a folder of its name under {out}")
         with busy("reading"):
             loaded = {name: load_adapter(source) for name, source in zip(names, adapters, strict=True)}
         small = peru_lora(
@@ -241,9 +240,7 @@ def peru_fft(
         from lora_fuse.compress.peru_fft import peru_fft as make_peru
         from lora_fuse.compress.peru_report import treatment_text
 
-        names = [name for name, _ in finetuned]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"finetuned: two are called {twice!r}, and each gets a folder of its name under {out}")
+        refuse_twice([name for name, _ in finetuned], "finetuned", f"each gets a folder of its name under {out}")
         sources = local_paths([str(base), *(str(path) for _, path in finetuned)])
         check_output(out, overwrite, sources)
         peru = make_peru(base, dict(finetuned), progress=sys.stderr.isatty(), **options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_fuse._terminal import busy, example, local_paths, new_table, size_text, stdout, user_errors
-from lora_fuse.cli.options import DTYPE, adapter_names, output, overwrite_flag, rank_text, torch_dtype
+from lora_fuse.cli.options import DTYPE, adapter_names, output, overwrite_flag, rank_text, refuse_twice, torch_dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,8 +51,7 @@ def joint_compress(
         sources = local_paths(adapters)
         check_output(out, overwrite, sources)
         names = adapter_names(adapters)
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"adapters: two are called {twice!r}, and a bank holds one of each name")
+        refuse_twice(names, "adapters", "a bank holds one of each name")
         with busy("reading"):
             loaded = {name: load_adapter(source) for name, source in zip(names, adapters, strict=True)}
         bank = joint.joint_compress(

@@ -40,6 +40,11 @@ def adapter_names(adapters: Sequence[str]) -> list[str]:
     return [Path(os.path.abspath(adapter)).name.removesuffix(".safetensors") for adapter in adapters]
 
 
+def refuse_twice(names: Sequence[str], argument: str, reason: str) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{argument}: two are called {twice!r}, and {reason}")
+
+
 def rank_text(adapter: LoraAdapter) -> str:
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     return "-" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

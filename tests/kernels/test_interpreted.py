@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import make_case, make_pool, mixed_pairs, pairs_of, routing_of
+from cases import check_a_mix_of_one, make_case, make_pool, mixed_pairs, pairs_of, routing_of
 
 from lora_fuse.adapters.routing import Routing
 from lora_fuse.functional import multi_lora
@@ -121,14 +121,7 @@ def test_ranks_beyond_the_pools_are_its_largest(mixed):
 
 def test_a_mix_of_one_is_the_adapter_itself():
     """Whether another row of the batch mixes or not."""
-    pool = make_pool(3, 6, 200, 40, torch.float16)
-    x, out = torch.randn(4, 200).half(), torch.randn(4, 40).half()
-    singles = [(0, 1, 0.3), (1, 0, 1.0), (2, 2, -1.7)]
-    alone = run(out.clone(), x, pool, routing_of(singles, 4, 3))
-    beside = run(out.clone(), x, pool, routing_of([*singles, (3, 0, 0.5), (3, 1, 2.0)], 4, 3))
-    assert torch.equal(alone[:3], beside[:3])
-    assert torch.equal(alone[3], out[3])
-    assert not torch.equal(beside[3], out[3])
+    check_a_mix_of_one(run, make_pool(3, 6, 200, 40, torch.float16), 200, 40)
 
 
 def test_strided_activations_and_outputs():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import mixed_pairs, pairs_of, routing_of
+from cases import check_a_mix_of_one, mixed_pairs, pairs_of, routing_of
 from sparse_cases import make_case, make_sparse_pool
 from sparse_launches import as_on_a_gpu, run
 
@@ -70,14 +70,7 @@ def test_a_row_does_not_see_the_others(dtype, most_gathered, monkeypatch):
 @pytest.mark.parametrize("most_gathered", [0, 100], ids=["expanded", "gathered"])
 def test_a_mix_of_one_is_the_delta_itself(most_gathered, monkeypatch):
     monkeypatch.setattr(kernels, "MOST_GATHERED", most_gathered)
-    pool = make_sparse_pool(3, 70, 40, 0.2, torch.float16).pool
-    x, out = torch.randn(4, 70).half(), torch.randn(4, 40).half()
-    singles = [(0, 1, 0.3), (1, 0, 1.0), (2, 2, -1.7)]
-    alone = run(out.clone(), x, pool, routing_of(singles, 4, 3))
-    beside = run(out.clone(), x, pool, routing_of([*singles, (3, 0, 0.5), (3, 1, 2.0)], 4, 3))
-    assert torch.equal(alone[:3], beside[:3])
-    assert torch.equal(alone[3], out[3])
-    assert not torch.equal(beside[3], out[3])
+    check_a_mix_of_one(run, make_sparse_pool(3, 70, 40, 0.2, torch.float16).pool, 70, 40)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fuse import LoraAdapter
+from lora_fuse import LoraAdapter, use_adapters
 from lora_fuse.adapters.lora import LoraLayer
 
 PATHS = ("up", "down", "out")  # of ``Mlp``
@@ -97,3 +98,26 @@ def per_row(
     """Every sample on its own, through a model that has its entry merged in."""
     with torch.no_grad():
         return torch.cat([run(adapted_copy(model, adapters, e), x[i : i + 1]) for i, e in enumerate(entries)])
+
+
+def check_threads(
+    bare: nn.Module, adapters: Mapping[str, LoraAdapter], model: nn.Module, x: Tensor, times: int
+) -> None:
+    """Threads that serve adapters ``a`` and ``b`` at once each get their own rows."""
+    with torch.no_grad():
+        wanted = {name: per_row(bare, adapters, [name], x) for name in ("a", "b")}
+    wrong: list[float] = []
+
+    def serve(name: str) -> None:
+        with torch.no_grad(), use_adapters(model, name):
+            for _ in range(times):
+                error = float((model(x) - wanted[name]).abs().max())
+                if not error < 1e-4:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in ("a", "b", "a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from nn_models import adapter
 from torch import Tensor, nn
 
 import lora_fuse as lf
+from lora_fuse.nn import packing
+from lora_fuse.nn.packed import Pack
 
 ENTRIES = ["a", None, {"a": 0.5, "b": -1.5}, "b"]
 PATHS = ("q_proj", "v_proj", "gate_proj", "up_proj")
@@ -44,3 +47,16 @@ def close(got: Tensor, want: Tensor) -> None:
 
 def storages(model: nn.Module) -> dict[str, int]:
     return {name: p.untyped_storage().data_ptr() for name, p in model.named_parameters()}
+
+
+def fail_at_the_second_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on an attach binds one pack and raises ``MemoryError``, "no room", at the next."""
+    real, calls = packing._bind, []
+
+    def bind(pack: Pack, layers: Any) -> None:
+        calls.append(pack)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        real(pack, layers)
+
+    monkeypatch.setattr(packing, "_bind", bind)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
 import torch
 from augmented_models import AUGMENTED, BOTH, PATHS, Block, block, widths
-from nn_models import adapter, per_row
+from nn_models import adapter, check_threads, per_row
 from packed_models import ENTRIES, close
 from torch import Tensor, nn
 
@@ -172,24 +171,7 @@ def test_part_of_a_pack(size: int, wide: list[Any]) -> None:
 
 def test_threads() -> None:
     bare, adapters, model = block(True)
-    x = torch.randn(1, 7, 64)
-    with torch.no_grad():
-        wanted = {n: per_row(bare, adapters, [n], x) for n in ("a", "b")}
-    wrong: list[float] = []
-
-    def serve(name: str) -> None:
-        with torch.no_grad(), lf.use_adapters(model, name):
-            for _ in range(30):
-                error = float((model(x) - wanted[name]).abs().max())
-                if not error < 1e-4:
-                    wrong.append(error)
-
-    threads = [threading.Thread(target=serve, args=(name,)) for name in ("a", "b", "a")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    check_threads(bare, adapters, model, torch.randn(1, 7, 64), times=30)
 
 
 @BOTH

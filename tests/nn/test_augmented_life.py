@@ -13,12 +13,10 @@ import pytest
 import torch
 from augmented_models import BOTH, PATHS, Block, block, widths
 from nn_models import adapter, per_row
-from packed_models import ENTRIES, close, storages
+from packed_models import ENTRIES, close, fail_at_the_second_pack, storages
 from torch import nn
 
 import lora_fuse as lf
-from lora_fuse.nn import packing
-from lora_fuse.nn.packed import Pack
 
 
 def augmented(model: Any) -> set[str]:
@@ -302,15 +300,7 @@ def test_bad_values_and_a_failing_attach(monkeypatch: pytest.MonkeyPatch) -> Non
     for value in ("yes", 1, None):
         with pytest.raises(TypeError, match=r"augment: got .*, accepted are True and False"):
             lf.attach(bare, adapters, augment=value)
-    real, calls = packing._bind, []
-
-    def fails_at_the_second(pack: Pack, layers: Any) -> None:
-        calls.append(pack)
-        if len(calls) == 2:
-            raise MemoryError("no room")
-        real(pack, layers)
-
-    monkeypatch.setattr(packing, "_bind", fails_at_the_second)
+    fail_at_the_second_pack(monkeypatch)
     want, places = copy.deepcopy(bare.state_dict()), dict(bare.named_parameters())
     with pytest.raises(MemoryError, match="no room"):
         lf.attach(bare, adapters, augment=True, num_slots=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from nn_models import adapter, per_row
+from nn_models import adapter, check_threads, per_row
 from packed_models import ENTRIES, GATED, QKV, block, close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -190,24 +189,7 @@ def test_nothing_outlives_its_forward() -> None:
 
 def test_threads_do_not_share_outputs() -> None:
     bare, adapters, model = block()
-    x = torch.randn(1, 7, 24)
-    with torch.no_grad():
-        wanted = {n: per_row(bare, adapters, [n], x) for n in ("a", "b")}
-    wrong: list[float] = []
-
-    def serve(name: str) -> None:
-        with torch.no_grad(), lf.use_adapters(model, name):
-            for _ in range(200):
-                error = float((model(x) - wanted[name]).abs().max())
-                if not error < 1e-4:
-                    wrong.append(error)
-
-    threads = [threading.Thread(target=serve, args=(name,)) for name in ("a", "b", "a", "b")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    check_threads(bare, adapters, model, torch.randn(1, 7, 24), times=200)
 
 
 def test_gradients_autocast_and_transforms_compute_alone(products: list[Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from nn_models import adapter, per_row
-from packed_models import ENTRIES, GATED, QKV, Block, block, close, storages
+from packed_models import ENTRIES, GATED, QKV, Block, block, close, fail_at_the_second_pack, storages
 from torch import nn
 
 import lora_fuse as lf
@@ -261,18 +261,8 @@ def test_nothing_to_pack_and_bad_values() -> None:
 
 
 def test_a_failing_attach_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_fuse.nn import packing
-
     bare, adapters, _ = block()
-    real, calls = packing._bind, []
-
-    def fails_at_the_second(pack: Pack, layers: Any) -> None:
-        calls.append(pack)
-        if len(calls) == 2:
-            raise MemoryError("no room")
-        real(pack, layers)
-
-    monkeypatch.setattr(packing, "_bind", fails_at_the_second)
+    fail_at_the_second_pack(monkeypatch)
     want = copy.deepcopy(bare.state_dict())
     with pytest.raises(MemoryError, match="no room"):
         lf.attach(bare, adapters, pack=True)

@@ -1,9 +1,11 @@
-"""Pools, routings and the oracle for the tests of multi_lora."""
+"""Pools, routings and the oracle for the tests of multi_lora, and what holds of every routed op."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,3 +95,25 @@ def make_case(
         plain[row] += (x[row] @ pool.pool_a[used].t()) @ pool.pool_b[used] * (weight * float(pool.slot_scaling[slot]))
     torch_error = float((plain.double() - want).abs().max()) if rows else 0.0
     return Case(x, out, routing_of(pairs, rows, slots), want, torch_error, pool)
+
+
+def check_linear_in_the_weights(op: Callable[[Tensor, Any, Routing], Tensor], pool: Any) -> None:
+    """Of three slots, ``[64] -> [64]`` in fp32: a row's sum is its slots' results, weighted."""
+    x = torch.randn(5, 64)
+    parts = [op(x, pool, routing_of([(r, s, 1.0) for r in range(5)], 5, 3)) for s in range(3)]
+    weights = [0.7, -0.4, 0.0]
+    mix = op(x, pool, routing_of([(r, s, w) for r in range(5) for s, w in enumerate(weights)], 5, 3))
+    torch.testing.assert_close(mix, sum(w * p for w, p in zip(weights, parts, strict=True)), rtol=1e-5, atol=1e-5)
+
+
+def check_a_mix_of_one(
+    run: Callable[[Tensor, Tensor, Any, Routing], Tensor], pool: Any, in_features: int, out_features: int
+) -> None:
+    """Rows with one pair keep their bits where another row of the batch has several; fp16, three slots."""
+    x, out = torch.randn(4, in_features).half(), torch.randn(4, out_features).half()
+    singles = [(0, 1, 0.3), (1, 0, 1.0), (2, 2, -1.7)]
+    alone = run(out.clone(), x, pool, routing_of(singles, 4, 3))
+    beside = run(out.clone(), x, pool, routing_of([*singles, (3, 0, 0.5), (3, 1, 2.0)], 4, 3))
+    assert torch.equal(alone[:3], beside[:3])
+    assert torch.equal(alone[3], out[3])
+    assert not torch.equal(beside[3], out[3])

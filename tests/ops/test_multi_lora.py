@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_case, make_pool, routing_of
+from cases import check_linear_in_the_weights, make_case, make_pool, routing_of
 
 from lora_fuse import _cpu
 from lora_fuse.adapters.routing import Routing
@@ -96,12 +96,7 @@ def test_rows_without_an_adapter_keep_their_bits(isa, dtype):
 
 
 def test_linear_in_the_weights(isa):
-    pool = make_pool(3, 8, 64, 64, torch.float32)
-    x = torch.randn(5, 64)
-    parts = [multi_lora(x, pool, routing_of([(r, s, 1.0) for r in range(5)], 5, 3)) for s in range(3)]
-    weights = [0.7, -0.4, 0.0]
-    mix = multi_lora(x, pool, routing_of([(r, s, w) for r in range(5) for s, w in enumerate(weights)], 5, 3))
-    torch.testing.assert_close(mix, sum(w * p for w, p in zip(weights, parts, strict=True)), rtol=1e-5, atol=1e-5)
+    check_linear_in_the_weights(multi_lora, make_pool(3, 8, 64, 64, torch.float32))
 
 
 LAYOUTS = {

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from cases import mixed_pairs, pairs_of, routing_of
+from cases import check_linear_in_the_weights, mixed_pairs, pairs_of, routing_of
 from forks import NEEDS_FORK, QUIET, check_use_fork_use
 from sparse_cases import make_case, make_sparse_pool
 
@@ -157,12 +157,7 @@ def test_a_bias_alone_and_an_empty_matrix(isa):
 
 
 def test_linear_in_the_weights(isa):
-    pool = make_sparse_pool(3, 64, 64, 0.3, torch.float32).pool
-    x = torch.randn(5, 64)
-    parts = [sparse_delta_linear(x, pool, routing_of([(r, s, 1.0) for r in range(5)], 5, 3)) for s in range(3)]
-    weights = [0.7, -0.4, 0.0]
-    mix = sparse_delta_linear(x, pool, routing_of([(r, s, w) for r in range(5) for s, w in enumerate(weights)], 5, 3))
-    torch.testing.assert_close(mix, sum(w * p for w, p in zip(weights, parts, strict=True)), rtol=1e-5, atol=1e-5)
+    check_linear_in_the_weights(sparse_delta_linear, make_sparse_pool(3, 64, 64, 0.3, torch.float32).pool)
 
 
 LAYOUTS = {
