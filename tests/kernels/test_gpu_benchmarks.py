@@ -10,7 +10,8 @@ import types
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, measure, multi_lora, own_ways, report, rival_ways
+import lora_fuse as lf
+from benchmarks.gpu import PARTS, measure, multi_lora, own_ways, report, rival_ways, tune
 from benchmarks.gpu.__main__ import main, run_part
 
 interpreted = pytest.mark.skipif(
@@ -51,6 +52,48 @@ def test_rivals_that_are_wrong_or_fail_are_told_and_left_out(monkeypatch, capsys
     assert not {"mm loop", "gathered bmm"} & set(case.ways)
     assert "left out: mm loop of tiny" in said
     assert "left out: gathered bmm of tiny" in said
+
+
+@interpreted
+def test_tuning_makes_rules_that_are_taken(monkeypatch, tmp_path, capsys):
+    """By what times say, of candidates that run and are right; here times that a table makes up."""
+    fields = [("expand", "block_n", (32, 128)), ("shrink", "planes", (1, "all")), ("expand", "num_warps", (2, 3))]
+    monkeypatch.setattr(tune, "FIELDS", fields)
+    monkeypatch.setattr(measure, "device_us", made_up_us)
+    found = tune.tune(["64x96"], [16], [9, 2], 3, tmp_path / "plans.json")
+    where = {"in_features": 64, "out_features": 96, "max_rank": 16, "slices": 1, "dtype": "float16"}
+    assert found == [
+        {"where": {**where, "pairs": [low, high]}, "expand": {"block_n": 32}, "shrink": {"planes": 1}}
+        for low, high in ((1, 2), (3, 9))
+    ]
+    assert "left out: expand num_warps 3" in capsys.readouterr().out
+    lf.override_plans(tmp_path / "plans.json")
+    lf.override_plans(None)
+
+
+def made_up_us(calls, copies, **options):
+    for call in calls.values():
+        call(0)
+    gains = {"as it is": 0, "expand block_n 32": 10, "shrink planes 1": 1, "expand num_warps 2": 0.1, "tuned": 5}
+    return {name: 20 - gains.get(name, -1) for name in calls}
+
+
+@interpreted
+def test_tuning_that_does_not_last_is_no_rule(monkeypatch):
+    monkeypatch.setattr(tune, "FIELDS", [("expand", "block_n", (32,))])
+    monkeypatch.setattr(
+        measure, "device_us", lambda calls, *args, **more: {n: 1 + (n != "expand block_n 32") for n in calls}
+    )
+    assert tune.tune(["64x96"], [16], [2], 3, None) == []
+
+
+def test_what_tuning_is_asked_for():
+    for args in (["--layer", "64"], ["--layer", "0x4"], ["--rows", "1,x"]):
+        with pytest.raises(SystemExit, match="2"):
+            tune.main(args)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            tune.main([])
 
 
 def test_the_augmented_way_is_there_and_right():
