@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fuse.kernels.bits import popcount
 from lora_fuse.kernels.launch import Launch, on_device
 from lora_fuse.kernels.normals import four_normals, halves
 from lora_fuse.kernels.svd_plan import Thin, plan
@@ -70,19 +71,6 @@ class Source:
 
 
 @triton.jit
-def _bits_set(word):
-    """Not ``sparse_expand._popcount``, which becomes one instruction: a fifth less code here, but other registers.
-
-    Products would take up to 7 more (gfx942, ``X^T Q``), and norms 144 for 128 on sm_80: 3 programs an SM, not 4.
-    """
-    word -= (word >> 1) & 0x55555555
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word += word >> 8
-    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
-
-
-@triton.jit
 def _load(
     first,
     second,
@@ -112,7 +100,7 @@ def _load(
         mask = mask & (((word >> bit) & 1) != 0)
         before = tl.load(starts + at, mask=mask, other=0)
         one = tl.full([1, 1], 1, tl.uint32)
-        place = before + _bits_set(word & ((one << bit) - 1))
+        place = before + popcount(word & ((one << bit) - 1))
         x = tl.load(first + place, mask=mask, other=0.0)
     else:
         x = tl.load(

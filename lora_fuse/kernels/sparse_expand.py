@@ -10,17 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lora_fuse.kernels.bits import popcount
 from lora_fuse.kernels.sparse_gather import address, pointer, run_starts
-
-
-@triton.jit
-def _popcount(word):
-    """Set bits of 32; LLVM knows the pattern for the instruction."""
-    word = word.to(tl.uint32, bitcast=True)
-    word -= (word >> 1) & 0x55555555
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -111,11 +102,9 @@ def sparse_expand_kernel(
             word = tl.load(words_at + w, mask=there, other=0)
             low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
             second = offs_h % 2 == 1
-            tile = _dense_tile(
-                values, begin + tl.where(second, _popcount(low), 0), tl.where(second, high, low), BLOCK_N
-            )
+            tile = _dense_tile(values, begin + tl.where(second, popcount(low), 0), tl.where(second, high, low), BLOCK_N)
             tile = tl.where(inside[:, None], tile, 0.0)  # is so already; Triton 3.6 cannot transpose a bare reshape
-            begin += _popcount(low) + _popcount(high)
+            begin += popcount(low) + popcount(high)
             left = in_features - w * WORD
             x_block = tl.load(x_at + w * WORD, mask=live[:, None] & (offs_k[None, :] < left), other=0.0)
             acc = tl.dot(x_block, tl.trans(tile), acc, input_precision="ieee")
