@@ -4,7 +4,8 @@ h is cut into two parts that matrix instructions take, unless it comes in the dt
 rows and goes over several blocks of columns; a row with several pairs has programs of its own.
 
 ``AHEAD``: launched while the shrink runs (programmatic dependent launch, sm_90 and later). Everything but h was
-complete before the shrink began, so a program loads its tile, B and y, and then waits for the shrink to have ended.
+complete before the shrink began, so a program loads its tile, B and y (of its first block, and not in fp32), and then
+waits for the shrink to have ended.
 Every program waits, also one with nothing to do: else the launch could end, and its successor begin, before the shrink.
 """
 
@@ -205,11 +206,13 @@ def expand_kernel(
     b_at = pool_b + (slot.to(tl.int64) * max_rank + offs_r)[:, None] * b_stride + offs_n[None, :]
     first = piece * steps * BLOCK_N
     stop = tl.minimum(first + steps * BLOCK_N, width)
+    # In fp32, whose products are no matrix instructions, there are no registers for a second one.
+    EARLY: tl.constexpr = AHEAD and ONE_BLOCK and PRECISION != "ieee"
     if AHEAD:
-        if ONE_BLOCK:
-            in_first = offs_n < width - first
-            next_prior = tl.load(y_at + first, mask=live[:, None] & in_first[None, :], other=0.0)
-            next_b = tl.load(b_at + first, mask=(offs_r < rank)[:, None] & in_first[None, :], other=0.0)
+        if EARLY:
+            inside = offs_n < width - first
+            prior = tl.load(y_at + first, mask=live[:, None] & inside[None, :], other=0.0)
+            b = tl.load(b_at + first, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
         tl.extra.cuda.gdc_wait()
     if ONE_BLOCK:
         # A mask by the rank, a number read from memory, would forbid wide loads. The shrink's blocks are zero there.
@@ -217,20 +220,19 @@ def expand_kernel(
         if BY_ROW:
             sums = tl.where(offs_r[None, :] < rank, sums, 0.0)
         high, low = _parts(sums, PRECISION)
+    if EARLY:
+        # Not carried into the loop: Triton looks at what a product's operand was loaded as for the order in which the
+        # product's columns go to matrix instructions, and what a loop carries shows nothing of that.
+        acc = _dot_parts(high, low, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        made = (prior.to(tl.float32) + acc * scale[:, None]).to(y.dtype.element_ty)
+        tl.store(y_at + first, made, mask=live[:, None] & inside[None, :])
+        first += BLOCK_N
     for n in range(first, stop, BLOCK_N):
         inside = offs_n < width - n
-        if AHEAD and ONE_BLOCK:
-            prior, b = next_prior, next_b
-            n_then = n + BLOCK_N
-            then = offs_n < stop - n_then
-            next_prior = tl.load(y_at + n_then, mask=live[:, None] & then[None, :], other=0.0)
-            next_b = tl.load(b_at + n_then, mask=(offs_r < rank)[:, None] & then[None, :], other=0.0)
-        else:
-            prior = tl.load(y_at + n, mask=live[:, None] & inside[None, :], other=0.0)
+        prior = tl.load(y_at + n, mask=live[:, None] & inside[None, :], other=0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if ONE_BLOCK:
-            if not AHEAD:
-                b = tl.load(b_at + n, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
+            b = tl.load(b_at + n, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
             acc = _dot_parts(high, low, b, acc, PRECISION)
         else:
             b_from = b_at + n

@@ -44,12 +44,17 @@ class Launch:
     num_stages: int
     max_registers: int | None = None  # of a thread
     scratch: tuple[Tensor, ...] = ()  # among the launches' arguments: memory that holds nothing yet
+    instruction: int | None = None  # on AMD, rows and columns of a matrix instruction; None: as large as blocks allow
     ahead: bool = False  # may start before the launch before it has ended (programmatic dependent launch)
 
     @property
     def options(self) -> dict[str, Any]:
         made = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        more = {"maxnreg": self.max_registers, "launch_pdl": self.ahead}
+        more = {
+            "maxnreg": self.max_registers,
+            "matrix_instr_nonkdim": self.instruction,
+            "launch_pdl": self.ahead,
+        }
         return made | {name: value for name, value in more.items() if value}
 
     @property

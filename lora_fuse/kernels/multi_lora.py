@@ -143,6 +143,7 @@ def shrink_launch(
         },
         shrink.num_warps,
         shrink.num_stages,
+        instruction=_instruction(backend),
     )
 
 
@@ -257,8 +258,14 @@ def _expand(
         expand.num_stages,
         # Left alone, ptxas spills a register or two of the larger kernel to reach the next step of occupancy.
         128 if backend == "cuda" and row_starts is not None else None,
+        instruction=_instruction(backend),
         ahead=expand.ahead,
     )
+
+
+def _instruction(backend: str) -> int | None:
+    """The same for tiles of 16 rows and of 32, of which Triton would give AMD's larger ones another: a row's bits."""
+    return 16 if backend == "hip" else None
 
 
 def _each(values: list[Any]) -> tuple[Any, ...]:

@@ -44,6 +44,18 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=launch.options)
 
 
+def products(kernel: Any) -> set[tuple[str, ...]]:
+    """How each kind of product in a kernel adds up, of what hangs on no block's size: its instruction's shape, and
+    how many entries in a row a thread holds of an operand, which decides which columns an instruction gets."""
+    text, found = kernel.asm["ttgir"], set()
+    layouts = dict(re.findall(r"(#\w+) = (#ttg\.(?:nvidia_mma|amd_mfma|blocked)<.*>)", text))
+    for line in re.findall(r"tt\.dot .*", text):
+        layout = layouts[re.findall(r"parent = (#\w+)", line)[0]]
+        shape = re.findall(r"instrShape = (\[.*?\])", layout)
+        found.add((layout.split("<")[0], *shape, *re.findall(r"kWidth = \d+", line)))
+    return found
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes."""

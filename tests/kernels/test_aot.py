@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aot import TARGETS, compiled, resources
+from aot import TARGETS, compiled, products, resources
 from torch import Tensor
 
 from lora_fuse.adapters.slab import SlabLayout
@@ -108,6 +108,33 @@ def test_no_sum_is_in_an_order_that_the_batch_decides(dtype, own_cache):
     for launch in launches(*arguments(16, 4096, (4096,), 20, 8, dtype, True), "cuda"):
         reduced = re.findall(r'"tt\.reduce".*?tt\.reduce\.return', compiled(launch, target).asm["ttir"], re.DOTALL)
         assert not [r for r in reduced if "arith.addf" in r], launch.kernel.__name__
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_add_up_alike_in_batches_of_any_size(name, dtype, own_cache):
+    """Tiles of 16 rows and of 32, narrow blocks of columns and wide ones: what a row's bits rest on."""
+    target, _ = TARGETS[name]
+    found = {}
+    for rows in (16, 1100):
+        for launch in launches(*arguments(rows, 4096, (4096,), 64, 8, dtype, rows == 16), target.backend):
+            found.setdefault(launch.kernel.__name__, []).append(products(compiled(launch, target)))
+    assert all(few == many and len(few) == 1 for few, many in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_add_up_alike_ahead(dtype, own_cache, tmp_path):
+    """A rule may start some batches ahead, and others not."""
+    target, _ = TARGETS["sm_90"]
+    for rank in (16, 64):
+        given = arguments(16, 4096, (4096,), rank, 8, dtype, rank == 16)
+        made = plan(4096, 4096, rank, given[3][0].shape[0], 8, str(dtype).removeprefix("torch."), "cuda", 1, 16)
+        kernels = []
+        for ahead, steps in ((False, 1), (True, 1), (True, 4)):
+            chosen = replace(made, expand=replace(made.expand, ahead=ahead, steps=steps))
+            kernels.append(compiled(launches(*given, "cuda", chosen)[1], target))
+            assert resources(kernels[-1], target, tmp_path).spilled == 0
+        assert products(kernels[0]) == products(kernels[1]) == products(kernels[2])
 
 
 @pytest.mark.parametrize("name", ["sm_90", "sm_100"])
