@@ -74,7 +74,8 @@ def _applied(made: Plan, rule: Rule, in_features: int) -> Plan:
     all_planes = {None: made.shrink.planes > 1, 1: False, "all": True}[changes.pop("planes", None)]
     shrink = replace(made.shrink, **changes)
     least = -(-in_features // (_MOST_PLANES * SPLIT_ALIGN)) * SPLIT_ALIGN
-    split_len = max(shrink.split_len, least)
+    most = -(-in_features // SPLIT_ALIGN) * SPLIT_ALIGN  # beyond it there is one cut, and numbers that overflow
+    split_len = min(max(shrink.split_len, least), most)
     planes = -(-in_features // split_len) if all_planes else 1
     return Plan(replace(shrink, split_len=split_len, planes=planes), replace(made.expand, **dict(rule.expand)))
 
@@ -133,7 +134,7 @@ def _fields(at: str, given: Any, accepted: tuple[str, ...]) -> dict[str, Any]:
 def _values(at: str, name: str, given: Any) -> tuple[Any, ...]:
     values = tuple(given) if isinstance(given, list | tuple) else (given,)
     known = {"dtype": _DTYPES, "backend": _BACKENDS}.get(name)
-    if not values or not all(v in known if known else _is_int(v) and v > 0 for v in values):
+    if not values or not all(isinstance(v, str) and v in known if known else _is_int(v) and v > 0 for v in values):
         raise ValueError(f"{at}: got {given!r}, accepted are {list(known) if known else 'whole numbers above 0'}")
     return values
 
@@ -157,7 +158,7 @@ _SHRINK = {
         f"a multiple of {SPLIT_ALIGN} above 0",
         lambda v: _is_int(v) and v > 0 and v % SPLIT_ALIGN == 0,
     ),
-    "planes": ("1 or 'all'", lambda v: v == "all" or (_is_int(v) and v == 1)),
+    "planes": ("1 or 'all'", lambda v: v == 1 if _is_int(v) else isinstance(v, str) and v == "all"),
     "block_k": _power_of_two(16, SPLIT_ALIGN),
     **_COMMON,
 }

@@ -16,7 +16,9 @@ def override_plans(rules: Sequence[Mapping[str, Any]] | str | PathLike[str] | No
 
     - ``where``: a value or a list of values for ``in_features``, ``out_features`` (of all slices), ``max_rank``,
       ``slices`` (layers in one launch), ``dtype``, ``backend`` ("cuda", "hip"); ``pairs``: ``[least, most]`` pairs of a
-      row and an adapter.
+      row and an adapter. Captured and compiled forwards have ``max_pairs`` (``attach``) for each row, whatever is
+      selected; layers whose A lies behind the weight (``augment``) count as ``in_features`` 1, and their ``shrink`` is
+      none.
     - ``shrink``: ``split_len``, ``planes`` (1 or "all"), ``block_k``, ``num_warps``, ``num_stages``.
     - ``expand``: ``block_n``, ``steps``, ``ahead``, ``num_warps``, ``num_stages``.
 

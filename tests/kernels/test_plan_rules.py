@@ -78,6 +78,14 @@ def test_rules_change_what_they_say_and_nothing_else(tmp_path):
         }
 
 
+def test_cuts_are_no_longer_than_the_layer():
+    """Or the kernel's numbers would overflow, and nothing would compile."""
+    for split_len in (2**31, 2**70):
+        lf.override_plans([{"shrink": {"split_len": split_len}}])
+        assert made(in_features=4000).shrink.split_len == 4096
+        assert made(in_features=4000).shrink.planes == 1
+
+
 def test_planes_follow_the_cuts():
     for in_features, split_len, planes in itertools.product((100, 4096, 14336, 300_000), (256, 4096), (1, "all")):
         lf.override_plans([{"shrink": {"split_len": split_len, "planes": planes}}])
@@ -86,7 +94,7 @@ def test_planes_follow_the_cuts():
             splits = -(-in_features // got.split_len)
             assert got.planes == (1 if planes == 1 else splits)
             assert splits <= 32
-            assert got.split_len >= split_len
+            assert got.split_len >= min(split_len, in_features)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,8 @@ def test_planes_follow_the_cuts():
         ([{"where": {"pairs": [5, 4]}}], r"\['pairs'\]: got \[5, 4\]"),
         ([{"shrink": {"block_m": 64}}], r"\['shrink'\]: has \['block_m'\]"),
         ([{"shrink": {"split_len": 300}}], r"\['split_len'\]: got 300, accepted is a multiple of 256"),
+        ([{"shrink": {"planes": torch.ones(2)}}], r"\['planes'\]: got tensor"),
+        ([{"where": {"dtype": [torch.ones(2)]}}], r"\['dtype'\]: got \[tensor"),
         ([{"shrink": {"planes": 2}}], r"\['planes'\]: got 2, accepted is 1 or 'all'"),
         ([{"expand": {"block_n": 48}}], r"\['block_n'\]: got 48, accepted is a power of two from 16 to 256"),
         ([{"expand": {"steps": 0}}], r"\['steps'\]: got 0"),
