@@ -21,6 +21,7 @@ from lora_fuse.ops.multi_lora import (
     add_slots,
     check_devices,
     check_routing,
+    check_vectors,
     rows_overlap,
 )
 
@@ -98,6 +99,7 @@ def _cuda_(out: Tensor, h: Tensor, pools: list[Tensor], starts: list[int], *args
     for _, _, (pool_b, *_) in slices:
         if pool_b.stride(1) != 1 and pool_b.shape[1] > 1:
             raise ValueError(f"pool_b: strides {pool_b.stride()}, accepted is unit stride in the last dimension")
+    check_vectors(h, h.shape[:-1].numel(), routing, tiles, [pool[1:] for *_, pool in slices])
     from lora_fuse.kernels.multi_lora import Slice, expand_  # triton, only where there is a device for it
 
     made = [Slice(pool[0], *pool, start) for (_, _, pool), start in zip(slices, starts, strict=True)]

@@ -97,6 +97,7 @@ def _launch(
             if t.stride(1) != 1 and t.shape[1] > 1:
                 raise ValueError(f"{name}: strides {t.stride()}, accepted is unit stride in the last dimension")
     rows, features = x.shape[:-1].numel(), x.shape[-1]
+    check_vectors(x, rows, routing, tiles, [pool[2:] for pool, _ in slices])
     try:
         y = out.view(rows, out.shape[-1])
     except RuntimeError:
@@ -248,6 +249,34 @@ def check_routing(routing: RoutingTensors, num_slots: int) -> None:
         raise ValueError(
             f"segment_starts: must be {num_slots + 1} numbers that rise from 0 to {rows.shape[0]}, the pairs; "
             f"got shape {got}"
+        )
+
+
+def check_vectors(
+    x: Tensor, num_rows: int, routing: RoutingTensors, tiles: Tensor, of_slots: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """What kernels read without asking how it lies.
+
+    Args:
+        x: says which device it has to be.
+        num_rows: of x.
+        of_slots: ``(slot_rank, slot_scaling)`` of each pool.
+    """
+    rows, _, _, row_starts, row_pairs = routing
+    names = ("rows", "weights", "segment_starts", "row_starts", "row_pairs")
+    vectors: list[tuple[str, Tensor | None]] = [*zip(names, routing, strict=True), ("tiles", tiles)]
+    vectors += [pair for slots in of_slots for pair in zip(("slot_rank", "slot_scaling"), slots, strict=True)]
+    for name, t in vectors:
+        if t is not None:
+            if t.device != x.device:
+                raise ValueError(f"{name}: is on {t.device}, x is on {x.device}; accepted is one device for all")
+            if not t.is_contiguous():
+                raise ValueError(f"{name}: strides {t.stride()}, accepted is a contiguous tensor")
+    if row_starts is not None and (row_pairs is None or row_pairs.shape != rows.shape):
+        raise ValueError("row_pairs: accepted is one entry for each pair")
+    if row_starts is not None and row_starts.shape != (num_rows + 1,):
+        raise ValueError(
+            f"row_starts: {list(row_starts.shape)} entries, accepted are {num_rows + 1}, one more than rows"
         )
 
 

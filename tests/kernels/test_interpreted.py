@@ -191,6 +191,24 @@ class TestTheOp:
         got = self.call(torch.zeros(2, 3, 10).double(), self.x.double())
         torch.testing.assert_close(got, multi_lora(self.x.double(), self.pool, self.routing))
 
+    def test_lists_that_lie_otherwise(self):
+        """Kernels read them without asking for strides: they would take others' numbers."""
+        routing = routing_of([(row, slot, 0.3 + row) for row in range(6) for slot in range(3)], 6, 3)
+        tiles = build_tiles(routing.rows, routing.segment_starts)
+        given = [*self.pool.tensors, *routing.tensors, tiles]
+        names = ["slot_rank", "slot_scaling", "rows", "weights", "segment_starts", "row_starts", "row_pairs", "tiles"]
+        out = torch.zeros(2, 3, 10)
+        for i, name in enumerate(names, 2):
+            wide = torch.stack([given[i], given[i]], -1)[..., 0]
+            with pytest.raises(ValueError, match=f"{name}: strides"):
+                op_for_cuda(out, self.x, *given[:i], wide, *given[i + 1 :])
+            with pytest.raises(ValueError, match="is on meta"):
+                op_for_cuda(out, self.x, *given[:i], given[i].to("meta"), *given[i + 1 :])
+        given[7] = routing.row_starts[:4]
+        with pytest.raises(ValueError, match=r"row_starts: \[4\] entries, accepted are 7"):
+            op_for_cuda(out, self.x, *given)
+        assert not out.any()
+
     def test_bad_input(self):
         out = torch.zeros(2, 3, 10)
         other = Routing.from_slots(torch.zeros(6, dtype=torch.int32), 2)
