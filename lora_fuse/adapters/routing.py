@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_fuse import _cpu
-from lora_fuse.ops.multi_lora import build_tiles, sort_slots, without_padding
+from lora_fuse.ops.multi_lora import build_tiles, sort_slots
+from lora_fuse.ops.routed import without_padding
 
 
 @dataclass(frozen=True, eq=False)

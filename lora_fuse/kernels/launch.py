@@ -30,6 +30,7 @@ _KNOWS_LAUNCHER = triton.__version__.startswith(("3.6.", "3.7.")) and torch.vers
 DIRECT = os.environ.get("LORA_FUSE_DIRECT_LAUNCH") == "1"
 _compiled: dict[int, Any] = {}  # every kernel that was asked for, by id
 _kept: dict[int, dict[bytes, Any]] = {}  # what ``run`` put launches into, by id
+_forgotten = 0  # times
 
 
 @dataclass(frozen=True)
@@ -240,12 +241,12 @@ def prepare(
 
 def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Any]) -> None:
     """Launch in order, on the device of the operands, and put what makes the launches again into ``ready``."""
-    device = next(t.device for t in operands if isinstance(t, Tensor))
+    device, forgotten = next(t.device for t in operands if isinstance(t, Tensor)), _forgotten
     with on_device(device):
         kernels = [launch.run() for launch in launches]
         key = _cpu.operand_key(tuple(operands))
         made = None if key is None else prepare(launches, kernels, operands)
-    if key is not None and made is not None:
+    if key is not None and made is not None and forgotten == _forgotten:
         if len(ready) >= _MOST_PREPARED:
             ready.clear()
         _kept[id(ready)] = ready
@@ -254,7 +255,9 @@ def run(launches: Sequence[Launch], operands: Operands, ready: dict[bytes, Any])
 
 def forget() -> None:
     """Nothing is launched as it was before: the next call plans anew."""
-    for ready in _kept.values():
+    global _forgotten
+    _forgotten += 1
+    for ready in list(_kept.values()):
         ready.clear()
 
 

@@ -62,13 +62,14 @@ def launches(
     num_pairs, widths = rows.shape[0], [s.pool_b.shape[1] for s in slices]
     if num_pairs == 0 or x.shape[0] == 0 or sum(widths) == 0:
         return []
-    made = chosen or _plan(x, slices, num_pairs, backend)
-    h = scratch(x, slices, num_pairs, backend, made)
+    made = chosen or plan_of(x, slices, num_pairs, backend)
+    h = scratch(x, slices, num_pairs, made)
     first = replace(shrink_launch(h, x, slices, routing, tiles, backend, made), scratch=(h,))
     return [first, _expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend)]
 
 
-def _plan(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) -> Plan:
+def plan_of(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) -> Plan:
+    """How a batch is launched now; ``override_plans`` may change it."""
     num_slots = slices[0].slot_rank.shape[0]
     max_rank, columns = slices[0].pool_a.shape[0] // num_slots, sum(s.pool_b.shape[1] for s in slices)
     sizes = x.shape[1], columns, max_rank, num_pairs, num_slots
@@ -90,9 +91,8 @@ def starts_ahead(backend: str, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None) >= (9, 0)
 
 
-def scratch(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str, chosen: Plan | None = None) -> Tensor:
+def scratch(x: Tensor, slices: Sequence[Slice], num_pairs: int, made: Plan) -> Tensor:
     """Memory for the shrink's result: ``[slices * planes, num_pairs * max_rank or a few more]`` fp32."""
-    made = chosen or _plan(x, slices, num_pairs, backend)
     max_rank = slices[0].pool_a.shape[0] // slices[0].slot_rank.shape[0]
     # Planes start at multiples of 16 elements, whatever the number of pairs: nothing that Triton specialises on hangs
     # on the batch.
@@ -112,7 +112,7 @@ def shrink_launch(
     """The first launch, into ``scratch``; for the others see ``launches``."""
     rows = routing[0]
     assert rows is not None
-    made = chosen or _plan(x, slices, rows.shape[0], backend)
+    made = chosen or plan_of(x, slices, rows.shape[0], backend)
     shrink = made.shrink
     max_rank = slices[0].pool_a.shape[0] // slices[0].slot_rank.shape[0]
     return Launch(
@@ -305,27 +305,26 @@ def shrink_(
     slices: Sequence[Slice],
     routing: Sequence[Tensor | None],
     tiles: Tensor,
+    made: Plan,
     operands: Any,
     ready: Any,
 ) -> None:
-    """The first launch of ``multi_lora_`` alone; see ``launch.run`` for the last two."""
-    run([shrink_launch(h, x, slices, routing, tiles, backend_of_torch())], operands, ready)
+    """The first launch of ``multi_lora_`` alone, by ``plan_of``; see ``launch.run`` for the last two."""
+    run([shrink_launch(h, x, slices, routing, tiles, backend_of_torch(), made)], operands, ready)
 
 
 def expand_pairs_(
     out: Tensor,
     h: Tensor,
-    x: Tensor,
     slices: Sequence[Slice],
     routing: Sequence[Tensor | None],
     tiles: Tensor,
+    made: Plan,
     operands: Any,
     ready: Any,
 ) -> None:
-    """The second launch of ``multi_lora_``, from what ``shrink_`` made of ``x``."""
-    backend = backend_of_torch()
-    made = _plan(x, slices, routing[0].shape[0], backend)  # type: ignore[union-attr]
-    expand = _expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend)
+    """The second launch of ``multi_lora_``, from what ``shrink_`` made by the same plan."""
+    expand = _expand(out, h, False, slices, routing, tiles, made.expand, made.shrink.planes, backend_of_torch())
     run([behind(expand)], operands, ready)  # what it follows is a join of two streams
 
 

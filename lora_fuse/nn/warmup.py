@@ -19,7 +19,7 @@ from lora_fuse.nn.augmented import MOST_ROWS
 from lora_fuse.nn.capture import mode_of
 from lora_fuse.nn.joint_site import JointSlots
 from lora_fuse.nn.sparse_site import LinearSlots
-from lora_fuse.ops.multi_lora import KERNEL_DTYPES
+from lora_fuse.ops.routed import KERNEL_DTYPES
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
-from lora_fuse.ops.multi_lora import (
+from lora_fuse.ops.multi_lora import add_slots
+from lora_fuse.ops.routed import (
     KERNEL_DTYPES,
     RoutingTensors,
-    add_slots,
     check_devices,
     check_routing,
     check_vectors,

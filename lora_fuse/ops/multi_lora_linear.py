@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_fuse.ops._library import LIBRARY
-from lora_fuse.ops.multi_lora import _POOL, _ROUTING, _TILES, PoolTensors, RoutingTensors
-from lora_fuse.ops.multi_lora import _check_shapes as check_shapes
+from lora_fuse.ops.multi_lora import _POOL, _ROUTING, _TILES
 from lora_fuse.ops.multi_lora import _weights_grad as weights_grad
+from lora_fuse.ops.routed import PoolTensors, RoutingTensors, check_shapes, check_vectors
 
 # counters: int32 zeros, zeros again afterwards, so the op changes nothing that another could see
 LIBRARY.define(
@@ -49,6 +49,7 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
 
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     check_shapes(out, x, pool, routing, tiles)
+    check_vectors(x, x.shape[:-1].numel(), routing, tiles, [pool[2:]])
     needed = num_counters(weight.shape[0])
     if counters is None:
         counters = torch.zeros(needed, dtype=torch.int32, device=x.device)

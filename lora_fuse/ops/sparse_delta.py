@@ -19,7 +19,7 @@ from lora_fuse import _cpu
 from lora_fuse.ops._library import LIBRARY
 from lora_fuse.ops._library import transformable as _transformable
 from lora_fuse.ops.eager import kernel_views
-from lora_fuse.ops.multi_lora import KERNEL_DTYPES, RoutingTensors, check_devices, without_padding
+from lora_fuse.ops.routed import KERNEL_DTYPES, RoutingTensors, check_devices, check_vectors, without_padding
 
 if TYPE_CHECKING:
     from lora_fuse.adapters.sparse_pool import SparsePool
@@ -141,7 +141,8 @@ def _check_kernel(out: Tensor, x: Tensor, pool: SparsePool, routing: RoutingTens
         raise ValueError("row_starts, row_pairs: give both or neither")
     _check_vector("row_starts", row_starts, torch.int32, num_rows + 1)
     _check_vector("row_pairs", row_pairs, torch.int32, num_pairs)
-    check_devices(x, {"out": out, "pool": pool.anchor, "routing": rows, "tiles": tiles})
+    check_devices(x, {"out": out, "pool": pool.anchor})
+    check_vectors(x, num_rows, routing, tiles)
 
 
 def _check_vector(name: str, t: Tensor | None, dtype: torch.dtype, length: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_fuse import _cpu
-from lora_fuse.ops.multi_lora import KERNEL_DTYPES, PoolTensors, RoutingTensors
+from lora_fuse.ops.routed import KERNEL_DTYPES, PoolTensors, RoutingTensors
 
 _MOST_SLICES = 3  # of one launch
 _READY_SHRINK: dict[bytes, Any] = {}  # see ops/multi_lora.py
@@ -31,13 +31,15 @@ class Split:
     def __init__(
         self, x: Tensor, parts: Sequence[tuple[PoolTensors, int]], routing: RoutingTensors, tiles: Tensor
     ) -> None:
-        from lora_fuse.kernels.multi_lora import Slice, backend_of_torch, scratch
+        from lora_fuse.kernels.multi_lora import Slice, backend_of_torch, plan_of, scratch
 
         flat = x.reshape(-1, x.shape[-1])
         self.x = flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
         self.slices = [Slice(*pool, start) for pool, start in parts]
         self.routing, self.tiles = routing, tiles
-        self.h = scratch(self.x, self.slices, routing[0].shape[0], backend_of_torch())
+        num_pairs = routing[0].shape[0]
+        self.plan = plan_of(self.x, self.slices, num_pairs, backend_of_torch())
+        self.h = scratch(self.x, self.slices, num_pairs, self.plan)
 
     @staticmethod
     def can_take(x: Tensor, pools: Sequence[PoolTensors]) -> bool:
@@ -59,7 +61,8 @@ class Split:
         if not _cpu.launch_again(_READY_SHRINK, operands):
             from lora_fuse.kernels.multi_lora import shrink_
 
-            shrink_(self.h, self.x, self.slices, self.routing, self.tiles, operands, _READY_SHRINK)
+            given = (self.h, self.x, self.slices, self.routing, self.tiles, self.plan)
+            shrink_(*given, operands, _READY_SHRINK)
 
     def expand_(self, out: Tensor) -> None:
         """Launch the second half: ``out [..., columns]``, dense, is added to."""
@@ -69,5 +72,5 @@ class Split:
         if not _cpu.launch_again(_READY_EXPAND, operands):
             from lora_fuse.kernels.multi_lora import expand_pairs_
 
-            given = (flat, self.h, self.x, self.slices, self.routing, self.tiles)
+            given = (flat, self.h, self.slices, self.routing, self.tiles, self.plan)
             expand_pairs_(*given, operands, _READY_EXPAND)

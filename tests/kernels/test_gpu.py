@@ -87,6 +87,27 @@ def test_integers_are_exact():
     assert torch.equal(got.cpu(), want.bfloat16())
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
+@pytest.mark.parametrize("rows", [5, 1100])
+def test_gradients(rows, mixed):
+    """Of x and of the weights, against the CPU's in fp64; without anything being read back."""
+    case = make_case(rows, 300, 200, 20, 4, torch.float32, mixed)
+    routing, grad = case.routing.explicit(), torch.randn(rows, 200)
+    want_x, want_weights = case.x.double().requires_grad_(), routing.weights.double().requires_grad_()
+    want_routing = Routing(routing.rows, want_weights, *routing.tensors[2:], rows)
+    wide = copy.deepcopy(case.pool).double()
+    multi_lora(want_x, wide, want_routing).backward(grad.double())
+    x, weights = case.x.cuda().requires_grad_(), routing.weights.cuda().requires_grad_()
+    there = moved(routing)
+    given = Routing(there.rows, weights, *there.tensors[2:], rows)
+    pool = copy.deepcopy(case.pool).cuda()
+    y = multi_lora(x, pool, given)
+    with nothing_waits():
+        y.backward(grad.cuda())
+    for got, want in ((x.grad, want_x.grad), (weights.grad, want_weights.grad)):
+        assert (got.cpu() - want).abs().max() <= 1e-4 * want.abs().max()
+
+
 def test_graphs_replay_with_a_new_pool_and_new_rows():
     pool = make_pool(3, 16, 512, 256, torch.bfloat16).cuda()
     routing = moved(Routing.from_slots(torch.tensor([0, 2, 2, 1]), 3))

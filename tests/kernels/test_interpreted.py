@@ -25,6 +25,7 @@ SHAPES = [  # rows, in, out, max_rank, slots
     pytest.param(5, 64, 33, 1, 3, id="rank-1"),
     pytest.param(20, 130, 64, 100, 2, id="rank-100"),
     pytest.param(9, 7, 5, 3, 12, id="tiny"),
+    pytest.param(1030, 40, 33, 5, 3, id="tall-tiles"),
 ]
 
 

@@ -190,6 +190,7 @@ class TestTheOp:
             ("counters: got", {"counters": torch.zeros(9)}),
             ("counters: is on meta", {"counters": torch.zeros(9, dtype=torch.int32, device="meta")}),
             ("tiles: is on meta", {"tiles": self.tiles.to("meta")}),
+            ("tiles: strides", {"tiles": self.tiles.repeat(1, 2)[:, ::2]}),
         ]:
             with pytest.raises(ValueError, match=match):
                 self.call(**{"x": self.x, **given})

@@ -241,6 +241,11 @@ class TestBadInput:
             with pytest.raises((ValueError, TypeError)) as of_gpu:
                 _cuda_(*given, runs.handle, *rest, tiles)
             assert (of_gpu.type, str(of_gpu.value)) == (of_cpu.type, str(of_cpu.value))
+        wide = torch.zeros(len(tiles), 8, dtype=torch.int32)[:, ::2]
+        given = (out, x, runs.handle, runs.out_features, False, True, *routing.tensors)
+        for match, wrong in (("tiles: strides", wide), ("tiles: is on meta", tiles.to("meta"))):
+            with pytest.raises(ValueError, match=match):
+                _cuda_(*given, wrong)
         assert torch.equal(out, before)
 
     def test_launches_that_are_kept_are_for_pools_of_one_size(self, monkeypatch):

@@ -143,6 +143,22 @@ def test_bad_files(tmp_path):
         lf.override_plans(tmp_path / "none.json")
 
 
+def test_what_was_launched_before_a_change_is_not_kept_after_it(monkeypatch):
+    """Where the rules change while a thread is between its launch and the keeping of it."""
+    ready, kept = {}, object()
+
+    def prepare(*args):
+        lf.override_plans([])
+        return kept
+
+    monkeypatch.setattr(launching, "prepare", prepare)
+    launching.run([], (torch.zeros(2),), ready)
+    assert not ready
+    monkeypatch.setattr(launching, "prepare", lambda *args: kept)
+    launching.run([], (torch.zeros(2),), ready)
+    assert list(ready.values()) == [kept]
+
+
 def test_launches_that_were_kept_are_forgotten(monkeypatch):
     ready = {b"key": object()}
     monkeypatch.setitem(launching._kept, id(ready), ready)

@@ -136,7 +136,8 @@ def test_serving_asks_for_nothing_else(kind, dtype, monkeypatch):
     nothing_else(kind, dtype, monkeypatch)
 
 
-def test_with_plans_of_ones_own(monkeypatch):
+@pytest.mark.parametrize("kind", ["packed", "augmented"])
+def test_with_plans_of_ones_own(kind, monkeypatch):
     """Some for one size of batch alone; the expand that starts ahead, and the one after a join of streams."""
     monkeypatch.setattr(multi_lora, "starts_ahead", lambda *args: True)
     rules = [
@@ -144,7 +145,7 @@ def test_with_plans_of_ones_own(monkeypatch):
     ]
     lf.override_plans([*rules, {"where": {"in_features": 64}, "expand": {"ahead": True, "block_n": 16}}])
     try:
-        nothing_else("packed", torch.bfloat16, monkeypatch, 6)
+        nothing_else(kind, torch.bfloat16, monkeypatch, 6)
         assert reach.sizes_of_each(lambda n: [SimpleNamespace(variant=n in (40, 1300))], 1, 2000)[1:5] == [
             40,
             41,
