@@ -11,19 +11,24 @@ from lora_fuse.ops.normals import Normals
 # Added to the diagonal of a Gram matrix, over its trace: Cholesky then succeeds for whatever the block is. Directions
 # down to the square root of it, 3e-7, keep enough of their length for the next round to make them whole.
 _SHIFT = 1e-13
+# At most, where a block lies within those before it: what is left of it is rounding errors, which lie there too.
+_ROUNDS = 5
 
 
 def orthonormal(w: Tensor, before: list[Tensor], random: Normals) -> Tensor:
     """Orthonormal columns, orthogonal to the blocks ``before``, that span with them what ``w [..., m, l]`` does.
 
     Projecting leaves rounding errors of the size of ``w``, and dividing by R enlarges them: where that loses more than
-    a digit, or Cholesky QR does, there is a second round. On a GPU, for fp32 blocks, there always is, of the kind that
-    asks nothing of the block and so never waits for the host.
+    a digit, or Cholesky QR does, there is another round, and noise for what rounding alone does not make up: of equal
+    entries rounding errors are equal too. On a GPU, for fp32 blocks, there are always two, of the kind that asks
+    nothing of the block and so never waits for the host.
     """
     if gpu.takes_kernels(w.device) and w.dtype == torch.float32:
         return without_branches(w, before, random)
-    for _ in range(2):
-        size = torch.linalg.vector_norm(w, dim=-2).amax(-1) if before else 0.0
+    for done in range(_ROUNDS):
+        if done and before:
+            w = w + _noise(w, w.dtype, random).to(w.dtype)
+        size = torch.linalg.vector_norm(w, dim=-2, dtype=torch.float64).amax(-1) if before else 0.0
         for q in before:
             w = w - q @ (q.mT @ w)
         w, smallest = orthonormalize(w, random)
@@ -38,8 +43,8 @@ def orthonormalize(w: Tensor, random: Normals) -> tuple[Tensor, Tensor]:
     Columns that depend on others are replaced by random directions.
 
     Returns:
-        Q in the dtype of ``w``, and ``[...]``, fp64: the smallest diagonal entry of R where Q is orthonormal to that
-        dtype's precision, 0 where it takes another round.
+        Q in the dtype of ``w``, and ``[...]``, fp64: about the smallest singular value of R where Q is orthonormal to
+        that dtype's precision, 0 where it takes another round.
     """
     wide = w.to(torch.float64)
     lower, info = torch.linalg.cholesky_ex(wide.mT @ wide)
@@ -47,9 +52,11 @@ def orthonormalize(w: Tensor, random: Normals) -> tuple[Tensor, Tensor]:
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     condition = torch.linalg.matrix_norm(lower) * torch.linalg.matrix_norm(inverse)  # at least the true one
     if bool(((info == 0) & (condition < 1e7)).all()):
-        loss = torch.finfo(torch.float64).eps * condition.square()
-        smallest = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
-        return (wide @ inverse.mT).to(w.dtype), smallest.where(loss <= 10.0 * torch.finfo(w.dtype).eps, 0.0)
+        eps = torch.finfo(torch.float64).eps
+        loss = eps * condition.square()
+        accepted = 10.0 * max(torch.finfo(w.dtype).eps, eps * w.shape[-1] ** 2)  # the latter: of orthonormal columns
+        smallest = w.shape[-1] ** 0.5 / torch.linalg.matrix_norm(inverse)  # R's diagonal may not show it
+        return (wide @ inverse.mT).to(w.dtype), smallest.where(loss <= accepted, 0.0)
     return torch.linalg.qr(wide + _noise(wide, w.dtype, random)).Q.to(w.dtype), torch.zeros_like(condition)
 
 

@@ -347,6 +347,29 @@ def test_rank_of_the_matrix_below_the_one_asked_for(rank: int) -> None:
     assert F.randomized_svd(x, energy=0.9999999).S.shape[0] <= 32
 
 
+WITHIN: dict[str, Callable[[], Tensor]] = {  # matrices whose later blocks lie within the earlier ones
+    "equal entries": lambda: torch.ones(208, 215),
+    "identity, mostly masked": lambda: torch.eye(180, 240) * (torch.rand(180, 1) < 0.1),
+    "few entries": lambda: torch.zeros(140, 162).index_put_(
+        (torch.randint(140, (12,)), torch.randint(162, (12,))), 10.0 ** torch.linspace(-9, 1, 12)
+    ),
+    "rows that fade": lambda: torch.randn(150, 200) * torch.logspace(0, -18, 150)[:, None],
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", WITHIN)
+def test_blocks_within_earlier_ones(name: str, dtype: torch.dtype) -> None:
+    """A basis that is not orthonormal would count directions twice: S above the true values, U askew."""
+    for rank, oversample, power_iters in ((1, 0, 2), (6, 4, 4), (10, 8, 2)):
+        x = WITHIN[name]().to(dtype)
+        svd, truth = F.randomized_svd(x, rank, oversample, power_iters), torch.linalg.svdvals(x.double())
+        for q in (svd.U, svd.Vh.mT):
+            error = (q.T @ q - torch.eye(rank, dtype=dtype)).abs().max()
+            assert error <= 200 * torch.finfo(dtype).eps
+        assert (svd.S.double() <= truth[:rank] + 50 * torch.finfo(dtype).eps * truth[0]).all()
+
+
 def test_no_whole_difference_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_fuse.ops.thin_products._TILE", 64 * N)
     largest, new = [], torch.Tensor.copy_
