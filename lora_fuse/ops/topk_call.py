@@ -120,10 +120,10 @@ class Call:
         from lora_fuse.kernels import topk
 
         flat_minus = None if self.minus is None else [_flat(t) for t in self.minus]
-        flat_outs = [t.detach().view(-1) for t in outs]
-        made = topk.select(
-            [_flat(t) for t in self.xs], flat_minus, self.shapes, self.scope, self.ks, form, flat_outs, guarded
-        )
+        flat_xs, flat_outs = [_flat(t) for t in self.xs], [t.detach().view(-1) for t in outs]
+        if guarded:
+            _refuse_overlaps(flat_outs, flat_xs, flat_minus)
+        made = topk.select(flat_xs, flat_minus, self.shapes, self.scope, self.ks, form, flat_outs, guarded)
         made.run()
         self.look_for_nan(made)
 
@@ -254,6 +254,28 @@ def _tensors(given: Any, name: str) -> list[Tensor]:
 def _flat(t: Tensor) -> Tensor:
     """As the kernels take it; a view if they can read it as it lies."""
     return t.detach().resolve_neg().contiguous().view(-1)
+
+
+def _refuse_overlaps(outs: list[Tensor], xs: list[Tensor], minus: list[Tensor] | None) -> None:
+    """As csrc/bind_topk.cpp: an output may be its own x or minus, other shared memory would be read once written."""
+    pieces: list[tuple[int, int, int, bool]] = []  # begin, end, place in the list, written
+    for i, out in enumerate(outs):
+        begin, size = out.data_ptr(), out.nbytes
+        if size:
+            pieces.append((begin, begin + size, i, True))
+            reads = {t.data_ptr() for t in (xs[i], None if minus is None else minus[i]) if t is not None}
+            pieces += [(read, read + size, i, False) for read in reads if read != begin]
+    last = last_written = (0, 0, 0, False)  # those that reach furthest
+    for piece in sorted(pieces):
+        begin, _end, i, written = piece
+        other = last if written else last_written
+        if other[1] > begin:
+            own, also = (i, other[2]) if written else (other[2], i)
+            what = f"out[{also}]" if written and other[3] else f"x[{also}] or its minus"
+            raise ValueError(f"out[{own}]: shares memory with {what}")
+        last = max(last, piece, key=lambda p: p[1])
+        if written:
+            last_written = max(last_written, piece, key=lambda p: p[1])
 
 
 def _difference(x: Tensor, minus: Tensor | None) -> Tensor:

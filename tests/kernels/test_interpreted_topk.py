@@ -199,6 +199,24 @@ class TestTheOp:
             with pytest.raises(ValueError, match=r"^x: has NaN entries$"):
                 sparsify(x, 0.5, scope)
 
+    def test_shared_memory_is_refused(self, monkeypatch):
+        """What one program has written another would read."""
+        whole, x = torch.randn(3, 100), torch.randn(200)
+        xs, before = [whole[0], whole[1]], whole.clone()
+        calls = [(xs, None, out) for out in ([whole[1], whole[2]], [whole[2], whole[0]], [whole[2], whole[2]])]
+        calls += [(xs, [whole[2], whole[1]], [whole[0], whole[2]]), (x[:150], None, x[50:]), (x[50:], x[:150], x[:150])]
+        ours = [refusal(*call) for call in calls]
+        assert torch.equal(whole, before)
+        magnitude_prune([whole[0], whole[1]], 0.5, minus=[whole[2], whole[2]], out=xs)
+        monkeypatch.undo()
+        assert ours == [refusal(*call) for call in calls]
+
+
+def refusal(x, minus, out) -> str:
+    with pytest.raises(ValueError, match=r"out\[.\]: shares memory with ") as found:
+        magnitude_prune(x, 0.5, "global", minus, out)
+    return str(found.value)
+
 
 def test_tables_are_written_by_launches_too():
     numbers = [[i * 2**40 - j for j in range(len(FIELDS))] for i in range(3)]
