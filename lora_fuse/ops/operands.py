@@ -240,6 +240,9 @@ class Sum(Operand):
             self.terms.insert(0, Dense([t for t, _ in dense], [w for _, w in dense]))
             self.weights.insert(0, 1.0)
 
+    def _source(self, dtype: torch.dtype) -> Source | None:
+        return self.terms[0]._source(dtype) if self.weights == [1.0] else None  # two tensors are read as one
+
     def _added(self, parts: Iterator[Tensor]) -> Tensor:
         total = next(parts) * self.weights[0]
         for part, weight in zip(parts, self.weights[1:], strict=True):

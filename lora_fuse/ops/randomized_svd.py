@@ -68,8 +68,8 @@ def randomized_svd(
             large fp32 matrix on a CPU with AMX and ``power_iters >= 2``, so many in bf16 before the one in fp32.
         generator: of the random block: a seed, of which 64 bits count, or a ``torch.Generator``, of which one is drawn.
             None: seed 0. Equal seeds give equal bits on one machine with one number of threads, and on every device the
-            same block up to the rounding of logarithm and sine, so the same subspace; torch's global generator is not
-            touched.
+            same block up to the rounding of logarithm and sine, so the same subspace (but for a start in bf16, above,
+            which finds another of about that error); torch's global generator is not touched.
         energy: instead of ``rank``: as few directions as keep this share of the squared Frobenius norm,
             ``0 < energy <= 1``. Blocks are added until they do and one more block does not lower their number;
             unbatched only.

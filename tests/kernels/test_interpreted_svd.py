@@ -62,6 +62,7 @@ OPERANDS: dict[str, Callable[[], tuple[Operand, Tensor]]] = {
     "fp16_strided": lambda: _same(torch.randn(70, 300).half()[:, ::2].T),
     "difference": lambda: _difference(torch.randn(150, 70).half(), torch.randn(70, 150).T),
     "weighted": lambda: _weighted(torch.randn(150, 70).half()),
+    "two": lambda: _two(torch.randn(150, 70).half(), torch.randn(150, 70)),
     "bitmap": lambda: _sparse(sparse(150, 70, 0.4)),
     "columns": lambda: _sparse(sparse(150, 70, 0.03)),
 }
@@ -77,6 +78,10 @@ def _difference(a: Tensor, b: Tensor) -> tuple[Operand, Tensor]:
 
 def _weighted(x: Tensor) -> tuple[Operand, Tensor]:
     return F.Sum([x], [-0.3]).terms[0], -0.3 * x.double()
+
+
+def _two(a: Tensor, b: Tensor) -> tuple[Operand, Tensor]:
+    return F.Sum([a, b], [0.7, -0.3]), 0.7 * a.double() - 0.3 * b.double()
 
 
 def _sparse(x: SparseMatrix) -> tuple[Operand, Tensor]:
