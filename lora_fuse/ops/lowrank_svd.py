@@ -48,8 +48,8 @@ def lowrank_svd(
         themselves are larger.
 
     Raises:
-        ValueError: lengths or shapes disagree, rank or energy is out of range, or a factor or weight is not finite
-            (it is named).
+        ValueError: lengths, shapes or devices disagree, rank or energy is out of range, or a factor or weight is not
+            finite (it is named).
 
     Source: low-rank recompression, Bebendorf, Hierarchical Matrices (2008), section 1.1.4; Eckart-Young.
     """
@@ -100,6 +100,10 @@ def check_products(
         for name, t in ((f"lora_bs[{i}]", b), (f"lora_as[{i}]", a)):
             if t.ndim < 2 or not t.is_floating_point():
                 raise ValueError(f"{name}: expected a floating-point matrix, got {t.dtype} of shape {tuple(t.shape)}")
+            if t.device != b0.device:
+                raise ValueError(f"{name}: on {t.device}, accepted is one device for all, as {b0.device}")
+            if t.is_meta:
+                raise ValueError(f"{name}: is on the meta device, it has no data")
         if b.shape[-1] != a.shape[-2] or b.shape[-1] == 0:
             raise ValueError(
                 f"lora_bs[{i}], lora_as[{i}]: expected [..., m, r] and [..., r, n] with one rank r >= 1, "

@@ -188,6 +188,8 @@ OK_B, OK_A = torch.ones(3, 2), torch.ones(2, 4)
         (([OK_B.int()], [OK_A]), {}, r"lora_bs\[0\].*int32"),
         (([OK_B, NAN], [OK_A, OK_A]), {}, r"lora_bs\[1\]: has NaN or infinite"),
         (([OK_B], [OK_A * float("inf")]), {}, r"lora_as\[0\]: has NaN or infinite"),
+        (([OK_B], [OK_A.to("meta")]), {}, r"lora_as\[0\]: on meta, accepted is one device for all, as cpu"),
+        (([OK_B.to("meta")], [OK_A.to("meta")]), {}, r"lora_bs\[0\]: is on the meta device, it has no data"),
         (([OK_B], [OK_A]), {"rank": 0}, "rank: .* got 0"),
         (([OK_B], [OK_A]), {"energy": 0.0}, "energy: "),
         (([OK_B], [OK_A]), {"energy": 1.5}, "energy: "),

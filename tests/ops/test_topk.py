@@ -380,6 +380,14 @@ BAD = {
     "minus list": ({"minus": [torch.ones(3)]}, "minus: expected a tensor"),
     "minus dtype": ({"minus": torch.ones(3, dtype=torch.int64)}, "minus: torch.int64"),
     "list lengths": ({"x": [torch.ones(3)] * 2, "minus": [torch.ones(3)]}, "minus: has 1 tensors, x has 2"),
+    "devices": (
+        {"x": [torch.ones(3), torch.ones(3, device="meta")]},
+        r"x\[1\]: on meta, accepted is one device for all, as cpu",
+    ),
+    "minus device": (
+        {"minus": torch.ones(3, device="meta")},
+        r"minus: shape \[3\] on meta, expected \[3\] on cpu as x has",
+    ),
     "list member": ({"x": [torch.ones(3), torch.ones(2, dtype=torch.bool)]}, r"x\[1\]: torch.bool"),
 }
 
