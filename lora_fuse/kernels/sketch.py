@@ -4,6 +4,8 @@ A program computes up to 64 columns of Q times a strip of X. Tiles of X pass thr
 where Q has more columns, neighbours share what a cache holds of the strip. X is a tensor, a weighted sum of two (a
 difference is formed in fp32, as on the CPU), or a ``SparseMatrix``, whose entries are put in place by counting the bits
 before them. Q is kept as ``[columns, rows]``; a random Q is drawn by every program that needs it and stored nowhere.
+Other kinds (products of factors, which are never formed; sums of three tensors and more; operators; fp64) are plain
+torch's, with a Q that is drawn once and stored.
 
 Products are those of fp32 on matrix instructions: operands are cut into parts that bf16 or tf32 hold exactly, and what
 the parts' products leave out is below fp32's rounding. Sums of 512 terms are added up in fp32, partial sums of programs
