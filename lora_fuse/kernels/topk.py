@@ -148,7 +148,7 @@ class _Making:
         rows = [1 if self.is_global else i.row["rows"] for i in items]
         rooms = [n * i.row["room"] for n, i in zip(rows, items, strict=True)]
         sampled = [n * i.row["samples"] for n, i in zip(rows, items, strict=True)]
-        parts = [(0, len(items))] if self.is_global else batches(rooms, plan.pool)
+        parts = [(0, len(items))] if self.is_global else batches(rooms, plan.pool, plan.tensors)
         dtype = torch.int16 if self.shift == 16 else torch.int32
 
         def most(sizes: Sequence[int]) -> Tensor:
@@ -164,7 +164,7 @@ class _Making:
                     item.row |= {"buffer": buffer, "sample_base": base}
             size = 1 << max(max(i.row["group_samples"] for i in part) - 1, 0).bit_length()
             own: dict[str, Any] = {"DRAW": plan.draw, "SAMPLE": size}
-            tables = [self.tiled(same) for same in classes(part)]
+            tables = [self.tiled(same) for same in classes(part, plan.tensors)]
             for table in tables:
                 if table.draws:
                     args: tuple[Any, ...] = (self.state, samples, table.count, plan.margin)
@@ -189,7 +189,7 @@ class _Making:
     def whole_rows(self, items: list[Item], form: str, guarded: bool) -> None:
         """Rows that fit on chip: all in one pass, or, guarded, after one that looks for NaN."""
         cuts: list[tuple[Table, RowPlan]] = []
-        for part in classes(items, lambda i: row_plan(i.row["cols"])):
+        for part in classes(items, self.plan.tensors, lambda i: row_plan(i.row["cols"])):
             cut = row_plan(part[0].row["cols"])
             cuts.append((self.tables.add(part, [-(-i.row["rows"] // cut.rows) for i in part]), cut))
         for table, cut in cuts if guarded else []:
@@ -202,7 +202,7 @@ class _Making:
 
     def write(self, items: list[Item], form: str) -> None:
         """From thresholds to results, of groups that do not fit on chip."""
-        for table in [self.tiled(part) for part in classes(items)]:
+        for table in [self.tiled(part) for part in classes(items, self.plan.tensors)]:
             args = (self.limits, self.flags, table.count, self.listed)
             own = {"FORM": FORMS.index(form), "TILE": self.plan.tile}
             self.add(_write_kernel, table.programs, table, args, own, 8)

@@ -81,6 +81,8 @@ class Plan:
         pick: collected keys among which one program finds the threshold.
         pool: collected keys for which there is room at once; more groups than fit, rows of one tensor too, go one batch
             after the other.
+        tensors: that a launch serves at most, but for the last two steps of one group: each program looks for its own
+            in the whole table.
     """
 
     tile: int = 4096
@@ -91,6 +93,7 @@ class Plan:
     margin: float = 5.0
     pick: int = 4096
     pool: int = 1 << 24
+    tensors: int = 512
 
     def sampled(self, entries: int) -> int:
         """Samples of a group: none, or from 256 on a 32nd of its entries."""
@@ -140,11 +143,11 @@ def share(samples: int, sizes: list[int]) -> list[int]:
     return [b - a for a, b in pairwise(ends)]
 
 
-def batches(rooms: list[int], pool: int) -> list[tuple[int, int]]:
-    """Parts of a list whose items take ``rooms``, so that each part takes ``pool`` at most if an item does."""
+def batches(rooms: list[int], pool: int, most: int) -> list[tuple[int, int]]:
+    """Parts of a list whose items take ``rooms``: of ``most`` items, and ``pool`` at most if an item takes that."""
     cuts, begin, used = [], 0, 0
     for i, room in enumerate(rooms):
-        if i > begin and used + room > pool:
+        if i > begin and (used + room > pool or i - begin == most):
             cuts.append((begin, i))
             begin, used = i, 0
         used += room

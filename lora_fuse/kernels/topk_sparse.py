@@ -192,9 +192,9 @@ class Compact:
     def _launches(
         self, kernel: Any, args: tuple[Any, ...], rest: tuple[Any, ...], further: Any, **own: Any
     ) -> list[Launch]:
-        tables = Tables(self.counts.device, Plan())
-        waiting = []
-        for part in classes(self.selection.items, lambda i: (part_plan(i.row["width"]), further(i))):
+        plan, waiting = Plan(), []
+        tables = Tables(self.counts.device, plan)
+        for part in classes(self.selection.items, plan.tensors, lambda i: (part_plan(i.row["width"]), further(i))):
             cut = part_plan(part[0].row["width"])
             programs = [-(-i.row["height"] // cut.rows) * -(-i.row["width"] // cut.block) for i in part]
             constants = {"HAS_MINUS": part[0].minus is not None, "KEY_SHIFT": self.selection.shift}

@@ -176,12 +176,12 @@ def firsts(sizes: Sequence[int]) -> list[int]:
     return list(accumulate(sizes, initial=0))[:-1]
 
 
-def classes(items: Sequence[Item], further: Callable[[Item], Hashable] = lambda _: None) -> list[list[Item]]:
-    """Items that one launch can serve, in their order."""
+def classes(items: Sequence[Item], most: int, further: Callable[[Item], Hashable] = lambda _: None) -> list[list[Item]]:
+    """Items that one launch can serve, in their order; ``most`` at once."""
     found: dict[Hashable, list[Item]] = {}
     for item in items:
         found.setdefault((item.dtype, item.aligned, further(item)), []).append(item)
-    return list(found.values())
+    return [alike[i : i + most] for alike in found.values() for i in range(0, len(alike), most)]
 
 
 @dataclass(frozen=True)

@@ -113,3 +113,16 @@ def accesses(built, target, scratch: Path) -> tuple[set[int], set[int]]:
     shown = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     loads, stores = (re.findall(rf"\b{what}\.E[.\w]*?\.(64|128)\b", shown) for what in ("LDG", "STG"))
     return {int(n) // 8 for n in loads}, {int(n) // 8 for n in stores}
+
+
+@pytest.mark.parametrize("scope", ["tensor", pytest.param("row", marks=pytest.mark.slow)])
+def test_many_tensors(scope, tmp_path, own_cache):
+    """Launches serve as many as a program can look through; one for all of 3000 would spill its registers."""
+    target, _ = TARGETS["sm_90"]
+    shape = (64, 64) if scope == "tensor" else (4, 300)
+    made = launches(["float32"] * 3000, shape, scope, "dense", False, target.backend)
+    kernels = {(each.kernel, each.constexprs["TENSORS"]): each for each in made}
+    assert {tensors for _, tensors in kernels} == {512}
+    assert len(made) == 6 * len(kernels)
+    for launch in kernels.values():
+        assert resources(compiled(launch, target), target, tmp_path).spilled == 0, launch.kernel.__name__

@@ -3,6 +3,8 @@ so bf16 can be trusted here."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from topk_cases import INF, KINDS, SHAPES, SMALL, bits, check, run
@@ -24,6 +26,13 @@ def test_lists(scope, dtype, with_minus):
     xs = [torch.randn(s).to(dtype) for s in SHAPES]
     minus = [torch.randn_like(x) for x in xs] if with_minus else None
     check(xs, 0.3, scope, minus, "dense", SMALL)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_lists_of_more_tensors_than_a_launch_serves(scope):
+    xs = [torch.randn(s) for s in [(3, 401), (7,), (2, 333), (60, 9), (1, 350), (700,)]]
+    check(xs, 0.3, scope, None, "dense", replace(SMALL, tensors=2))
+    check(xs, 0.3, scope, [torch.randn_like(x) for x in xs], "mask", replace(SMALL, tensors=1))
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
