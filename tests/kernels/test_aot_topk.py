@@ -119,7 +119,7 @@ def accesses(built, target, scratch: Path) -> tuple[set[int], set[int]]:
 def test_many_tensors(scope, tmp_path, own_cache):
     """Launches serve as many as a program can look through; one for all of 3000 would spill its registers."""
     target, _ = TARGETS["sm_90"]
-    shape = (64, 64) if scope == "tensor" else (4, 300)
+    shape = (64, 64) if scope == "tensor" else (4, 512)
     made = launches(["float32"] * 3000, shape, scope, "dense", False, target.backend)
     kernels = {(each.kernel, each.constexprs["TENSORS"]): each for each in made}
     assert {tensors for _, tensors in kernels} == {512}
