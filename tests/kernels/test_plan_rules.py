@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from cases import make_case
 
 import lora_fuse as lf
 from lora_fuse.kernels import launch as launching
 from lora_fuse.kernels.configs import plan
-from lora_fuse.kernels.multi_lora import Slice, launches
 from lora_fuse.kernels.plan_rules import plan_by_rules
-from lora_fuse.kernels.routing import build_tiles
 
 SIZES = {"in_features": 4096, "out_features": 6144, "max_rank": 16, "num_pairs": 16, "num_slots": 9}
 SIZES |= {"dtype": "bfloat16", "backend": "cuda", "slices": 3, "num_rows": 16}
@@ -164,42 +160,3 @@ def test_launches_that_were_kept_are_forgotten(monkeypatch):
     monkeypatch.setitem(launching._kept, id(ready), ready)
     lf.override_plans([{"expand": {"num_warps": 8}}])
     assert not ready
-
-
-def run(case, chosen=None):
-    routing = case.routing
-    tiles, out = build_tiles(routing.rows, routing.segment_starts), case.out.clone()
-    for each in launches(out, case.x, [Slice(*case.pool.tensors)], routing.tensors, tiles, "cuda", chosen):
-        each.run()
-    return out
-
-
-@pytest.mark.skipif(not launching.triton.knobs.runtime.interpret, reason="in Triton's interpreter only")
-class TestResults:
-    def test_the_bits_of_a_row_under_rules(self):
-        """Where only the batch's share of a plan changes, the same; where sums are cut elsewhere, right and the same
-        for a row alone."""
-        case = make_case(20, 1300, 130, 20, 3, torch.float32, True)
-        want = run(case)
-        lf.override_plans([{"shrink": {"planes": 1}, "expand": {"block_n": 32, "steps": 2}}])
-        assert torch.equal(run(case), want)
-        lf.override_plans([{"shrink": {"split_len": 256, "block_k": 32}}])
-        assert case.error(run(case)) <= 2 * case.torch_error + 1e-6
-
-    def test_ahead_has_the_same_bits(self, monkeypatch):
-        """With the device's signals, which the interpreter has none of, left out."""
-        from triton.language.extra import cuda
-
-        waits = []
-        monkeypatch.setattr(cuda, "gdc_wait", lambda: waits.append("wait"))
-        monkeypatch.setattr(cuda, "gdc_launch_dependents", lambda: waits.append("go"))
-        for mixed, rank, rows in ((False, 20, 20), (True, 20, 9), (False, 100, 5)):
-            case = make_case(rows, 300, 130, rank, 3, torch.float32, mixed)
-            shipped = plan(300, 130, rank, case.routing.num_pairs, 3, "float32", "cuda", 1, rows)
-            for block_n, steps in ((64, 1), (16, 3)):
-                plain = replace(shipped, expand=replace(shipped.expand, block_n=block_n, steps=steps))
-                want = run(case, plain)
-                assert not waits
-                assert torch.equal(run(case, replace(plain, expand=replace(plain.expand, ahead=True))), want)
-                assert set(waits) == {"wait", "go"}
-                waits.clear()
