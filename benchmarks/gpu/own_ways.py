@@ -66,11 +66,9 @@ def own_ways(problem: Problem, pools: list[AdapterPool], routing: Routing) -> di
 
 
 def _ahead(x: Tensor, pools: list[AdapterPool], routing: Routing) -> Callable[[Tensor, int], None]:
-    from lora_fuse.kernels.configs import plan
-    from lora_fuse.kernels.multi_lora import Slice, launches
+    from lora_fuse.kernels.multi_lora import Slice, launches, plan_of
 
-    sizes = (pools[0].out_features, pools[0].max_rank, routing.num_pairs, pools[0].num_slots)
-    made = plan(x.shape[1], *sizes, str(x.dtype).removeprefix("torch."), "cuda", 1, x.shape[0])
+    made = plan_of(x, [Slice(*pools[0].tensors)], routing.num_pairs, "cuda")
     chosen, tiles = replace(made, expand=replace(made.expand, ahead=True)), routing.tiles
     assert tiles is not None
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 SPLIT_ALIGN = 256  # columns; cuts lie at multiples, whatever the block
 SLICES = 3  # layers of one launch at most: q, k, v
 _FEW_PAIRS = 1024
-_WAVE = 132  # programs that fill a large GPU once
-_SPREAD = 64  # programs that a call is cut into at least, where it can be
+PROCESSORS = 132  # of an H100; a program for each is one wave
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,13 @@ def tile_capacity(num_pairs: int, num_slots: int) -> int:
     return min(num_pairs, num_pairs // rows + num_slots)
 
 
-def mix_steps(num_rows: int, blocks: int) -> int:
+def mix_steps(num_rows: int, blocks: int, processors: int = PROCESSORS) -> int:
     """Blocks of columns that a program of a row with several pairs goes over.
 
     Most rows have no such program's work, and where the host cannot know, each has to be launched all the same.
     """
     steps = 1
-    while steps < blocks and num_rows * -(-blocks // steps) > 2 * _WAVE:
+    while steps < blocks and num_rows * -(-blocks // steps) > 2 * processors:
         steps *= 2
     return steps
 
@@ -93,6 +92,7 @@ def plan(
     backend: str,
     slices: int = 1,
     num_rows: int | None = None,
+    processors: int = PROCESSORS,
 ) -> Plan:
     """The launches for a shape.
 
@@ -102,6 +102,8 @@ def plan(
         backend: Triton's, ``"cuda"`` or ``"hip"``.
         slices: layers that share x.
         num_rows: where ``num_pairs`` counts padding, rows of x; None: as many as pairs.
+        processors: of the card (SMs, CUs); what there is to do is cut into about half as many programs where it can
+            be, and no further once there are two for each. No bit of a result hangs on it.
     """
     tiles, block_m = tile_capacity(num_pairs, num_slots), tile_rows(num_pairs)
     block_r = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
@@ -110,14 +112,15 @@ def plan(
     split_len = _round_up(-(-in_features // splits), SPLIT_ALIGN)
     splits = -(-in_features // split_len)
     rank_blocks = -(-max_rank // block_r)
-    planes = splits if tiles * rank_blocks * slices < 2 * _WAVE else 1
+    planes = splits if tiles * rank_blocks * slices < 2 * processors else 1
     block_k = 128 if not wide else 64 if block_r < 64 else 32
     shrink = Shrink(block_m, block_r, block_k, split_len, planes, 4, 2 if wide else 3)
     # The fewest tiles are those of rows that all want one adapter; the most, whatever the batch may look like.
     fewest = -(-min(num_pairs, num_rows or num_pairs) // block_m)
     blocks, at_once = -(-out_features // 64), 1
+    spread = 1 << (max(processors // 2, 1).bit_length() - 1)  # half, down to a power of two: blocks mostly are
     while at_once < 16 and (
-        fewest * (blocks // (2 * at_once)) >= _SPREAD and tiles * (blocks // (2 * at_once)) >= 2 * _WAVE
+        fewest * (blocks // (2 * at_once)) >= spread and tiles * (blocks // (2 * at_once)) >= 2 * processors
     ):
         at_once *= 2
     block_n = 128 if at_once > 1 and block_r <= 32 and not wide else 64

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from lora_fuse.kernels.configs import SLICES, Expand, Plan, mix_steps
+from lora_fuse.kernels.configs import PROCESSORS, SLICES, Expand, Plan, mix_steps
 from lora_fuse.kernels.expand import expand_kernel
 from lora_fuse.kernels.launch import Launch, pitch, run
 from lora_fuse.kernels.plan_rules import plan_by_rules
@@ -73,7 +74,8 @@ def plan_of(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) ->
     num_slots = slices[0].slot_rank.shape[0]
     max_rank, columns = slices[0].pool_a.shape[0] // num_slots, sum(s.pool_b.shape[1] for s in slices)
     sizes = x.shape[1], columns, max_rank, num_pairs, num_slots
-    made = plan_by_rules(*sizes, str(x.dtype).removeprefix("torch."), backend, len(slices), x.shape[0])
+    dtype = str(x.dtype).removeprefix("torch.")
+    made = plan_by_rules(*sizes, dtype, backend, len(slices), x.shape[0], processors_of(x.device))
     if made.expand.ahead and not starts_ahead(backend, x.device):
         made = replace(made, expand=replace(made.expand, ahead=False))
     return made
@@ -82,6 +84,20 @@ def plan_of(x: Tensor, slices: Sequence[Slice], num_pairs: int, backend: str) ->
 def behind(launch: Launch) -> Launch:
     """The same, begun when what is before it has ended."""
     return replace(launch, ahead=False, constexprs={**launch.constexprs, "AHEAD": False}) if launch.ahead else launch
+
+
+def processors_of(device: torch.device) -> int:
+    """Of a CUDA device, or of the current one if it is another kind; of an H100 where there is none."""
+    if not torch.cuda.is_available():
+        return PROCESSORS
+    return _processors(
+        device.index if device.type == "cuda" and device.index is not None else torch.cuda.current_device()
+    )
+
+
+@cache
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def starts_ahead(backend: str, device: torch.device) -> bool:
@@ -183,7 +199,8 @@ def expand_launches(
         width = sum(s.pool_b.shape[1] for s in some)
         sizes = 1, width, pool_rows // num_slots, num_pairs, num_slots
         dtype = str(out.dtype).removeprefix("torch.")
-        expand = replace(plan_by_rules(*sizes, dtype, backend, len(some), out.shape[0]).expand, ahead=False)
+        made_of = plan_by_rules(*sizes, dtype, backend, len(some), out.shape[0], processors_of(out.device))
+        expand = replace(made_of.expand, ahead=False)
         if expand.precision != "ieee":
             expand = replace(expand, precision="own")  # h is no finer than B: nothing to cut into parts
         if width:
@@ -209,7 +226,7 @@ def _expand(
     widths = [s.pool_b.shape[1] for s in slices]
     tile_programs = tiles.shape[0] * sum(-(-width // (expand.block_n * expand.steps)) for width in widths)
     blocks = sum(-(-width // expand.block_n) for width in widths)
-    steps = mix_steps(num_rows, blocks)
+    steps = mix_steps(num_rows, blocks, processors_of(out.device))
     row_programs = 0 if row_starts is None else num_rows * -(-blocks // steps)
     return Launch(
         expand_kernel,

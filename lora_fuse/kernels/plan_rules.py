@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any
 
-from lora_fuse.kernels.configs import SPLIT_ALIGN, Plan, plan
+from lora_fuse.kernels.configs import PROCESSORS, SPLIT_ALIGN, Plan, plan
 
 Given = Sequence[Mapping[str, Any]]
 _MOST_PLANES = 32  # each is unrolled in the expand
@@ -55,9 +55,11 @@ def plan_by_rules(
     backend: str,
     slices: int,
     num_rows: int,
+    processors: int = PROCESSORS,
 ) -> Plan:
     """``configs.plan``, and what the rules say. Args: see there."""
-    made = plan(in_features, out_features, max_rank, num_pairs, num_slots, dtype, backend, slices, num_rows)
+    sizes = in_features, out_features, max_rank, num_pairs, num_slots
+    made = plan(*sizes, dtype, backend, slices, num_rows, processors)
     if not _rules:
         return made
     of = {"in_features": in_features, "out_features": out_features, "max_rank": max_rank, "slices": slices}

@@ -18,10 +18,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 def test_what_decides_a_rows_bits_does_not_depend_on_the_batch(dtype, backend):
     for in_features, out_features, rank in itertools.product(FEATURES, FEATURES, RANKS):
         made = [
-            plan(in_features, out_features * n, rank, t, s, dtype, backend, n)
+            plan(in_features, out_features * n, rank, t, s, dtype, backend, n, None, processors)
             for t in (1, 16, 64, 4096)
             for s in (1, 64)
             for n in (1, 3)
+            for processors in (108, 132, 304)
         ]
         assert len({(p.shrink.split_len, p.shrink.block_r, p.expand.block_r, p.expand.precision) for p in made}) == 1
 
@@ -54,6 +55,18 @@ def test_few_rows_are_spread_and_many_are_not_cut_small():
     many, columns = programs(4096, 8, 4096)
     assert many >= 264
     assert columns >= 512  # h is read once for all of them
+
+
+def test_larger_cards_get_more_programs():
+    def programs(rows, processors):
+        made = plan(4096, 28672, 16, rows, 8, "bfloat16", "cuda", 1, None, processors).expand
+        return -(-rows // made.block_m) * -(-28672 // (made.block_n * made.steps))
+
+    for rows in (1, 16, 64, 4096):
+        found = [programs(rows, processors) for processors in (20, 132, 304)]
+        assert found == sorted(found)
+        assert all(n >= min(448, p // 2) for n, p in zip(found, (20, 132, 304), strict=True))
+    assert programs(16, 20) < programs(16, 304)
 
 
 def test_rows_with_several_pairs_take_few_programs():
