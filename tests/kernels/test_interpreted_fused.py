@@ -141,6 +141,16 @@ def test_padding_is_never_read(mixed, monkeypatch):
     assert torch.equal(run(case.x, weight, bias, case.pool, padded, SMALL), want)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one-each", "mixed"])
+def test_ranks_beyond_the_pools_are_its_largest(mixed):
+    """A tensor on a device is not read before the launch, so nothing can be raised; other slots' rows stay unread."""
+    case = make_case(5, 64, 40, 6, 3, torch.float16, mixed)
+    pool, (weight, bias) = make_pool(3, 6, 64, 40, torch.float16, [6] * 3), layer(64, 40, torch.float16)
+    want = run(case.x, weight, bias, pool, case.routing, SMALL)
+    pool.slot_rank.fill_(1000)
+    assert torch.equal(run(case.x, weight, bias, pool, case.routing, SMALL), want)
+
+
 class TestTheOp:
     """What runs for CUDA tensors: which calls take the one launch, and what is refused before it."""
 
